@@ -1,0 +1,46 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# where no GPU is, the CPU build of torch: TORCH_INDEX names an index that has it, if the default has not
+TORCH_INDEX ?=
+TORCH ?= 2.13.0
+
+.PHONY: setup demo test test-slow lint format bench test-versions clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: setup
+	$(BIN)/python examples/demo.py
+
+test: setup
+	$(BIN)/python -m pytest -q -m "not slow and not gpu" -p no:cacheprovider --durations=15
+
+test-slow: setup
+	$(BIN)/python -m pytest -q -m "slow and not gpu" -p no:cacheprovider --durations=15
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: setup
+	$(BIN)/python -m benchmarks.run --device auto
+
+test-versions:
+	benchmarks/versions.sh 2.11.0 2.13.0 2.15.0
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info runs

@@ -1,0 +1,96 @@
+"""Philox 4×32-10: random numbers as a function of (seed, site, index), never stored.
+
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011. The sequence is that of
+``triton.language.rand(seed, offset)``, so that a kernel regenerates the very same mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+_MASK = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_SCALE = 4.6566127342e-10  # tl.rand's: just under 2^-31, so that the result stays below 1
+
+
+def philox(
+    key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words for each counter. All tensors are int64 and hold unsigned 32-bit values."""
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(ROUNDS):
+        # a product wraps around in int64; its two halves are right all the same
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _MASK) ^ c1 ^ k0,
+            p1 & _MASK,
+            ((p0 >> 32) & _MASK) ^ c3 ^ k1,
+            p0 & _MASK,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def uniform(seed: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
+    """Uniform fp32 numbers in [0, 1) of *shape*, indexed in row-major order.
+
+    Args:
+        seed: int64, shape ``[]``.
+        site: keeps apart the places that share a seed. ``tl.rand`` has it 0.
+    """
+    count = 1
+    for size in shape:
+        count = count * size
+    index = torch.arange(count, dtype=torch.int64, device=device)
+    seed = seed.to(device)
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    word, _, _, _ = philox(
+        (seed & _MASK, (seed >> 32) & _MASK), (index & _MASK, index >> 32, zero + site, zero)
+    )
+    signed = torch.where(word >= 2**31, 2**32 - 1 - word, word)  # x < 0 ? -x - 1 : x
+    return (signed.to(torch.float32) * _SCALE).reshape(list(shape))
+
+
+def keep_mask(
+    seed: Tensor, site: int, shape: Sequence[int], dropout: float, device: torch.device
+) -> Tensor:
+    """Where an input is kept: bool of *shape*, True with probability ``1 - dropout``."""
+    return uniform(seed, site, shape, device) >= dropout
+
+
+def dropout(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
+    """x with a share *p* of its elements zeroed and the others scaled by ``1 / (1 - p)``.
+
+    Also the op ``peftfx::dropout``, whose backward regenerates the mask from the seed.
+    """
+    keep = keep_mask(seed, site, x.shape, p, x.device)
+    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, ctx.p, ctx.site = inputs
+    ctx.save_for_backward(seed)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    (seed,) = ctx.saved_tensors
+    return torch.ops.peftfx.dropout(grad, seed, ctx.p, ctx.site), None, None, None
+
+
+_library = torch.library.Library("peftfx", "FRAGMENT")
+_library.define(
+    "dropout(Tensor x, Tensor seed, float p, int site) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.impl("dropout", dropout, "CompositeExplicitAutograd")
+torch.library.register_fake("peftfx::dropout", dropout, lib=_library)
+torch.library.register_autograd(
+    "peftfx::dropout", _backward, setup_context=_setup, lib=_library
+)

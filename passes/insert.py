@@ -1,0 +1,64 @@
+"""Replaces every mark by the nodes of its method's math."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from peftfx.engine import Context, Recorder, is_op
+from peftfx.methods.method import decode
+
+
+@dataclass(frozen=True)
+class Insert:
+    """``peftfx::site(y, x, tensors, seed, key, training)`` becomes what the key's method says.
+
+    All marks of a graph draw from its first seed; what keeps them apart is their ordinal.
+    """
+
+    name: str = "insert"
+    optional: bool = False
+
+    def __call__(self, gm: fx.GraphModule, context: Context) -> int:
+        marks = [n for n in gm.graph.nodes if is_op(n, "site")]
+        shared: fx.Node | None = None
+        draws = 0
+        for mark in marks:
+            y, x, tensors, seed, key, training = _arguments(mark)
+            if isinstance(seed, fx.Node):
+                draws += 1
+                shared = shared or seed
+            provenance = context.provenance(mark)
+            recorder = Recorder(gm.graph, self.name, provenance)
+            with gm.graph.inserting_before(mark):
+                out = decode(key).apply(
+                    recorder.wrap(y),
+                    recorder.wrap(x),
+                    recorder.wrap(list(tensors)),
+                    training=training,
+                    seed=recorder.wrap(shared) if seed is not None else None,
+                    site=max(draws - 1, 0),
+                )
+            mark.replace_all_uses_with(out.node)
+            gm.graph.erase_node(mark)
+            if isinstance(seed, fx.Node) and not seed.users:
+                _erase_draw(gm.graph, seed)
+        return len(marks)
+
+    def check(self, gm: fx.GraphModule) -> str | None:
+        left = [n.name for n in gm.graph.nodes if is_op(n, "site")]
+        return f"marks are left: {', '.join(left)}" if left else None
+
+
+def _erase_draw(graph: fx.Graph, seed: fx.Node) -> None:
+    if seed.target is torch.randint:  # a mark's own draw: nothing else reads its numbers
+        graph.erase_node(seed)
+
+
+def _arguments(mark: fx.Node) -> tuple[Any, ...]:
+    names = ("y", "x", "tensors", "seed", "key", "training")
+    given = dict(zip(names, mark.args, strict=False)) | dict(mark.kwargs)
+    return tuple(given[n] for n in names)

@@ -1,0 +1,161 @@
+"""Chooses what computes each op, in the forward and backward graphs that AOTAutograd partitioned.
+
+Claims are asked in order; the first that says yes gives its form. What nobody claims is replaced
+by its definition, so that the inner compiler fuses what it can.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from peftfx import dynamo
+from peftfx.kernels.low_rank_linear import op as low_rank
+from peftfx.kernels.philox import op as philox
+
+
+class Claim(Protocol):
+    """Something that can compute an op: a kernel, or another form of its products."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ops(self) -> tuple[str, ...]: ...
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        """None if the claim takes this call (fake tensors for tensors), else the reason."""
+        ...
+
+    def emit(self, op: str, *args: Any) -> Any:
+        """The form, traceable."""
+        ...
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The op's own definition: always right, never refused."""
+
+    name: str = "definition"
+    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, "dropout")
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        return None
+
+    def emit(self, op: str, *args: Any) -> Any:
+        return {**low_rank.DEFINITIONS, "dropout": philox.dropout}[op](*args)
+
+
+CLAIMS: list[Claim] = [Definition()]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for one node, and why not the others."""
+
+    node: str
+    op: str
+    claim: str
+    refusals: tuple[tuple[str, str], ...] = ()
+
+    def __str__(self) -> str:
+        why = "".join(f"; not {name}: {reason}" for name, reason in self.refusals)
+        return f"{self.node} ({self.op}): {self.claim}{why}"
+
+
+@dataclass
+class LowerPass:
+    """A callable on graphs, in the form that Inductor's post-grad hook wants: it has a ``uuid``."""
+
+    claims: Sequence[Claim] = field(default_factory=lambda: list(CLAIMS))
+    choices: list[Choice] = field(default_factory=list)
+
+    def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
+        graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
+        for node in list(graph.nodes):
+            name = _op_name(node)
+            if name is not None:
+                self._lower(graph, node, name)
+        graph.lint()
+
+    def uuid(self) -> Any:
+        """Identifies the lowering to Inductor's cache: its sources and claims."""
+        digest = hashlib.sha256()
+        for module in (__file__, low_rank.__file__, philox.__file__):
+            digest.update(Path(str(module)).read_bytes())
+        digest.update(",".join(c.name for c in self.claims).encode())
+        return digest.hexdigest()
+
+    def _lower(self, graph: fx.Graph, node: fx.Node, name: str) -> None:
+        args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+        refusals = []
+        for claim in self.claims:
+            if name not in claim.ops:
+                continue
+            reason = claim.check(name, args)
+            if reason is None:
+                break
+            refusals.append((claim.name, reason))
+        self.choices.append(Choice(node.name, name, claim.name, tuple(refusals)))
+        splice(graph, node, lambda *given: claim.emit(name, *given), args)
+
+
+def _op_name(node: fx.Node) -> str | None:
+    target = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return None
+    name = target._schema.name
+    if not name.startswith("peftfx::"):
+        return None
+    name = name.removeprefix("peftfx::")
+    return name if name in {o for c in CLAIMS for o in c.ops} else None
+
+
+def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) -> None:
+    """Puts the aten graph of *form* in the place of *node*."""
+    flat: list[fx.Node] = []
+
+    def tensors_of(values: Any) -> list[Tensor]:
+        found: list[Tensor] = []
+        fx.node.map_arg(values, lambda n: (flat.append(n), found.append(n.meta["val"]))[0])
+        return found
+
+    values = tensors_of(node.args)
+
+    def on_tensors(*tensors: Tensor) -> Any:
+        given = iter(tensors)
+        return form(*fx.node.map_arg(node.args, lambda _: next(given)))
+
+    traced = make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values)
+    mapping: dict[fx.Node, Any] = {}
+    inputs = iter(flat)
+    with graph.inserting_before(node):
+        for inner in traced.graph.nodes:
+            if inner.op == "placeholder":
+                mapping[inner] = next(inputs)
+            elif inner.op == "output":
+                result = fx.node.map_arg(inner.args[0], lambda n: mapping[n])
+            else:
+                copy = graph.node_copy(inner, lambda n: mapping[n])
+                copy.meta.update(inner.meta)
+                for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "recompute"):
+                    if key in node.meta:
+                        copy.meta[key] = node.meta[key]
+                mapping[inner] = copy
+    _replace(graph, node, result)
+
+
+def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
+    if isinstance(result, fx.Node):
+        node.replace_all_uses_with(result)
+    else:
+        for user in list(node.users):  # getitem of a tuple or a list
+            _replace(graph, user, result[user.args[1]])
+    graph.erase_node(node)

@@ -1,0 +1,80 @@
+"""peftfx: the compiler for parameter-efficient fine-tuning.
+
+``torch.compile(model, backend=peftfx.backend(spec))`` traces a model's graph, rewrites it by a
+declarative spec (LoRA, selective training, …) and lowers it. Names are resolved when first used, so
+that ``import peftfx`` stays light.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "Backend": "backends",
+    "PeftfxError": "errors",
+    "Plan": "plans",
+    "Spec": "spec",
+    "activate": "operations",
+    "adapt": "backends",
+    "adapters": "operations",
+    "add": "operations",
+    "backend": "backends",
+    "disabled": "operations",
+    "explain": "explaining",
+    "is_adapted": "operations",
+    "load": "checkpoint",
+    "load_state_dict": "checkpoint",
+    "merge": "merging",
+    "named_parameters": "operations",
+    "parameter_groups": "operations",
+    "parameters": "operations",
+    "plan": "explaining",
+    "release": "bind",
+    "remove": "operations",
+    "rewrite": "rewriting",
+    "save": "checkpoint",
+    "state_dict": "checkpoint",
+    "unmerge": "merging",
+}
+
+__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+
+if TYPE_CHECKING:
+    from peftfx.operations import activate as activate
+    from peftfx.operations import adapters as adapters
+    from peftfx.operations import add as add
+    from peftfx.operations import disabled as disabled
+    from peftfx.operations import is_adapted as is_adapted
+    from peftfx.operations import named_parameters as named_parameters
+    from peftfx.operations import parameter_groups as parameter_groups
+    from peftfx.operations import parameters as parameters
+    from peftfx.operations import remove as remove
+    from peftfx.backends import Backend as Backend
+    from peftfx.backends import adapt as adapt
+    from peftfx.backends import backend as backend
+    from peftfx.bind import release as release
+    from peftfx.checkpoint import load as load
+    from peftfx.checkpoint import load_state_dict as load_state_dict
+    from peftfx.checkpoint import save as save
+    from peftfx.checkpoint import state_dict as state_dict
+    from peftfx.errors import PeftfxError as PeftfxError
+    from peftfx.explaining import explain as explain
+    from peftfx.explaining import plan as plan
+    from peftfx.merging import merge as merge
+    from peftfx.merging import unmerge as unmerge
+    from peftfx.plans import Plan as Plan
+    from peftfx.rewriting import rewrite as rewrite
+    from peftfx.spec import Spec as Spec
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'peftfx' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"peftfx.{_WHERE[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_WHERE})

@@ -1,0 +1,221 @@
+"""The backend: ``torch.compile(model, backend=peftfx.backend(spec))``.
+
+It is called with each graph that Dynamo traced. It replaces the marks in it by their methods'
+nodes, checks that none of the model's is missing, and hands the graph to the inner compiler. On a
+model that is not bound yet it binds it first and asks Dynamo to trace again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import fx, nn
+
+from peftfx import dynamo, engine
+from peftfx.bind import Binding, bind, binding_of, prove, unwrap
+from peftfx.errors import BindError, PeftfxError, SpecError, nearest
+from peftfx.log import logger
+from peftfx.passes import PIPELINE
+from peftfx.registry import owner_of
+from peftfx.spec import Spec
+from peftfx.verify import check_bound, marks, provenance
+
+Lower = Literal["auto", "inductor", "aot_eager", "eager"] | Callable[..., Any]
+LOWERS = ("auto", "inductor", "aot_eager", "eager")
+Example = Mapping[str, Any] | Sequence[Any] | None
+
+
+class Backend:
+    """A compiler backend for one spec. Make it with :func:`backend`.
+
+    ``reports`` has the engine's report of each graph that was compiled last.
+    """
+
+    def __init__(self, spec: Spec | Mapping[str, Any] | str | None, lower: Lower = "auto") -> None:
+        if not callable(lower) and lower not in LOWERS:
+            raise SpecError(f"lower={lower!r} is not known", remedy=nearest(str(lower), LOWERS))
+        self.spec = None if spec is None else Spec.of(spec)
+        self.lower = lower
+        self.reports: list[engine.Report] = []
+        self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self.__name__ = "peftfx"
+        dynamo.guard_hooks()
+
+    def __repr__(self) -> str:
+        return f"peftfx.backend({self.spec!r}, lower={self.lower!r})"
+
+    def bind(self, model: nn.Module, example: Example = None, adapter: str = "default") -> nn.Module:
+        """Binds *model* now, so that an optimizer can be made first. Idempotent; gives *model*."""
+        if self.spec is None:
+            raise BindError("this backend has no spec to bind with")
+        bind(model, self.spec, example, adapter)
+        self._roots.add(unwrap(model))
+        return model
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """What Dynamo calls. Gives the compiled graph."""
+        try:
+            dynamo.keep_guarding_hooks()
+            model, binding = self._bound(gm, inputs)
+            check_bound(model, binding)
+            return self._compile(gm, inputs, model, binding, mode, dict(options or {}))
+        except PeftfxError as error:
+            raise dynamo.surface(error) from error.__cause__
+
+    def _bound(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[nn.Module, Binding]:
+        """The bound model that the graph belongs to; binds it where it is not yet."""
+        model = self._owner(gm, inputs)
+        root = dynamo.root()
+        if model is None and root is not None:
+            model = root.module
+            for known in self._roots:  # a block compiled by itself, of a model bound as a whole
+                if any(m is model for m in known.modules()):
+                    model = known
+        if model is None:
+            raise BindError(
+                "a function is compiled, and none of the models in it is bound",
+                remedy="call backend.bind(model) for the model that it runs, or compile the model",
+            )
+        binding = binding_of(model)
+        if binding is None:
+            if root is None or self.spec is None:
+                raise BindError(
+                    "the model is not bound", remedy="call backend.bind(model) before it is run"
+                )
+            bind(model, self.spec, _example(root))
+            self._roots.add(model)
+            logger.info("bound %s at its first call", type(model).__name__)
+            dynamo.retrace()
+        if self.spec is not None and all(a.spec != self.spec for a in binding.adapters.values()):
+            raise BindError(
+                "the model is bound with another spec than this backend's",
+                remedy="compile it with the backend that bound it, or peftfx.release(model) first",
+            )
+        if not binding.proven:
+            if root is None or root.module is not model:
+                raise BindError(
+                    "nothing has proven yet that each mark fires, and this graph is not the whole "
+                    "model's",
+                    remedy="pass an example: backend.bind(model, example=inputs)",
+                )
+            if prove(model, binding, _example(root)):
+                dynamo.retrace()
+        return model, binding
+
+    def _owner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> nn.Module | None:
+        """The model whose adapter tensors the graph takes as inputs."""
+        if not any(True for _ in marks(gm)):
+            return None
+        for value in inputs:
+            if isinstance(value, torch.Tensor):
+                owner = owner_of(value)
+                model = owner.model() if owner is not None else None
+                if model is not None and binding_of(model) is not None:
+                    return model
+        return None
+
+    def _compile(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        model: nn.Module,
+        binding: Binding,
+        mode: str | None,
+        options: dict[str, Any],
+    ) -> Callable[..., Any]:
+        context = engine.Context(provenance=provenance(gm, inputs, binding))
+        report = engine.run(gm, PIPELINE, context)
+        self.reports = [*self.reports[-63:], report]
+        logger.debug("%s", report)
+        if callable(self.lower):
+            extra: dict[str, Any] = {"mode": mode} if mode else {}
+            if options:
+                extra["options"] = options
+            compiled: Callable[..., Any] = self.lower(gm, list(inputs), **extra)
+            return compiled
+        if self.lower == "eager":
+            return gm.forward
+        from peftfx.passes.lower import LowerPass
+
+        lower = LowerPass()
+        if self.lower == "aot_eager":
+            return dynamo.compile_aot(gm, inputs, lower)
+        return dynamo.compile_inductor(gm, inputs, lower, mode, options)
+
+
+def _example(root: dynamo.Root) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return root.args, root.kwargs
+
+
+def backend(spec: Spec | Mapping[str, Any] | str, lower: Lower = "auto") -> Backend:
+    """A backend for ``torch.compile`` that adapts the model by *spec*.
+
+    Args:
+        spec: a :class:`~peftfx.spec.Spec`, the path of a spec file, or a mapping.
+        lower: the inner compiler: ``auto`` and ``inductor`` (Inductor), ``aot_eager``, ``eager``,
+            or a backend of torch's own protocol, called with the rewritten graph.
+    """
+    return Backend(spec, lower)
+
+
+def adapt(
+    model: nn.Module,
+    spec: Spec | Mapping[str, Any] | str,
+    example: Example = None,
+    adapter: str = "default",
+    lower: Lower = "auto",
+    **compile_options: Any,
+) -> nn.Module:
+    """Binds *model* and compiles it in place; gives the same object.
+
+    Args:
+        compile_options: for ``torch.compile``: ``fullgraph``, ``dynamic``, ``mode``, ``options``.
+    """
+    made = Backend(spec, lower)
+    made.bind(model, example, adapter)
+    compile_in_place(model, made, **compile_options)
+    return model
+
+
+def compile_in_place(model: nn.Module, made: Backend, **options: Any) -> None:
+    """``model.compile`` with *made*; recompiles of other models do not count against this one."""
+    made._roots.add(unwrap(model))
+    defaults = dynamo.compile_options(isolate_recompiles=True, recompile_limit=64)
+    model.compile(backend=made, **{**defaults, **options})
+
+
+dynamo.guard_hooks()  # torch.compile imports this module when it looks the entry point up
+_made: dict[int, tuple[Any, Backend]] = {}
+
+
+def entry_point(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile(model, backend="peftfx", options={"spec": …, "lower": …})``.
+
+    What else is in *options* goes to the inner compiler.
+    """
+    rest = dict(options or {})
+    spec, lower = rest.pop("spec", None), rest.pop("lower", "auto")
+    if spec is None:
+        raise dynamo.surface(
+            SpecError("backend='peftfx' needs a spec", remedy="options={'spec': 'lora.yaml'}")
+        )
+    known = _made.get(id(options))
+    if known is None or known[0] is not options:  # torch.compile hands over the same object
+        known = _made[id(options)] = (options, Backend(spec, lower))
+    return known[1](gm, inputs, mode=mode, options=rest)

@@ -1,0 +1,209 @@
+"""The joints with torch that lean on private names: all of them, in one place.
+
+Tested on every supported version (2.11, 2.13, 2.15). Where a name is missing, what needs it raises
+an error that points to the public way: ``backend.bind(model)`` before the first call.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch._dynamo
+from torch import fx, nn
+from torch._dynamo import exc
+from torch._dynamo.eval_frame import OptimizedModule
+
+from peftfx.errors import BindError, PeftfxError
+
+Compiled = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Root:
+    """The module that a compile belongs to, and what it was called with."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def guard_hooks() -> None:
+    """Makes Dynamo guard on hooks, process-wide. Called before anything is compiled by us.
+
+    By default it skips guards on empty hook lists: a graph compiled for a base model would then
+    serve an adapted one. Whatever was compiled before the switch lacks the guards, so it is
+    dropped, once; it compiles again at its next call.
+    """
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        keep_guarding_hooks()
+        if torch._dynamo.utils.compilation_time_metrics:
+            torch._dynamo.reset()
+
+
+def keep_guarding_hooks() -> None:
+    """The same inside a compile, whose guards are built when the backend has returned."""
+    torch._dynamo.config.skip_nnmodule_hook_guards = False
+
+
+def root() -> Root | None:
+    """The module whose compile is going on, None where a bare function is compiled.
+
+    The traced frame's own ``self`` can be a submodule after a graph break, so the Python stack is
+    asked for the call that entered the compiler.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "compile_wrapper" and "callback" in frame.f_locals:
+            return _entered(frame)
+        frame = frame.f_back
+    return None
+
+
+def _entered(frame: FrameType) -> Root | None:
+    args = frame.f_locals.get("args", ())
+    kwargs = frame.f_locals.get("kwargs", {})
+    target = getattr(frame.f_locals.get("fn"), "__self__", None)
+    if isinstance(target, nn.Module):
+        return Root(target, args, kwargs)
+    caller = frame.f_back
+    for _ in range(4):
+        if caller is None:
+            break
+        owner = caller.f_locals.get("self")
+        if isinstance(owner, OptimizedModule):
+            return Root(owner._orig_mod, args, kwargs)
+        caller = caller.f_back
+    return None
+
+
+class _Retrace(exc.TensorifyScalarRestartAnalysis):
+    """Lets a backend ask for another trace: Dynamo passes this kind through and starts again."""
+
+
+def retrace() -> NoReturn:
+    """Called by a backend that changed the model: abandons this graph, Dynamo traces again.
+
+    Raises:
+        BindError: the way in is gone in this version of torch.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        tracer = getattr(frame.f_locals.get("self"), "root_tx", None)
+        log = getattr(tracer, "speculation_log", None)
+        if log is not None:
+            log.clear()  # what was speculated about the unmarked frame no longer holds
+            raise _Retrace(restart_reason="peftfx bound the model")
+        frame = frame.f_back
+    raise BindError(
+        "this version of torch does not let a backend ask for a new trace",
+        remedy="call backend.bind(model) before the first call",
+    )
+
+
+def surface(error: PeftfxError) -> Exception:
+    """*error* in a form that leaves a compile as itself instead of as BackendCompilerFailed."""
+    cls = type(error)
+    kind = _surfacing.get(cls)
+    if kind is None:
+        kind = _surfacing[cls] = type(cls.__name__, (cls, exc.ShortenTraceback), {})
+    raised = kind(
+        error.message, where=error.where, site=error.site, remedy=error.remedy
+    ).with_traceback(error.__traceback__)
+    raised.first_useful_frame = None
+    return raised
+
+
+_surfacing: dict[type[PeftfxError], type[Any]] = {}
+
+
+def compile_options(**wanted: Any) -> dict[str, Any]:
+    """Those of *wanted* that this version's ``torch.compile`` takes."""
+    known = inspect.signature(torch.compile).parameters
+    return {name: value for name, value in wanted.items() if name in known}
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Inside the block, modules compiled in place run as if they were not."""
+    held = [m for m in model.modules() if m._compiled_call_impl is not None]
+    kept = [m._compiled_call_impl for m in held]
+    for m in held:
+        m._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for m, impl in zip(held, kept, strict=True):
+            m._compiled_call_impl = impl
+
+
+def compile_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    lower: Any,
+    mode: str | None,
+    options: dict[str, Any] | None,
+) -> Compiled:
+    """Inductor on *gm*, with the pass *lower* on its forward and backward graphs."""
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = dict(list_mode_options(mode)) if mode and mode != "default" else {}
+    patches.update(options or {})
+    patches["post_grad_custom_pre_pass"] = lower
+    compiled: Compiled = compile_fx(gm, list(inputs), config_patches=patches)
+    return compiled
+
+
+def compile_aot(gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Any]) -> Compiled:
+    """AOTAutograd on *gm*; its graphs run eagerly after *lower*."""
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+    def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Compiled:
+        lower(graph)
+        graph.recompile()
+        boxed: Compiled = make_boxed_func(graph.forward)
+        return boxed
+
+    wrapped = aot_autograd(
+        fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
+    )
+    compiled: Compiled = wrapped(gm, list(inputs))
+    return compiled
+
+
+def fake_mode() -> Any:
+    """A fake-tensor mode that takes real parameters beside fake inputs."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _data_dependent() -> tuple[type[BaseException], ...]:
+    from torch._subclasses import fake_tensor as fake
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+
+    return (
+        fake.DataDependentOutputException,
+        fake.DynamicOutputShapeException,
+        GuardOnDataDependentSymNode,
+    )
+
+
+DATA_DEPENDENT = _data_dependent()
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """The decompositions that Inductor expects to have been done in the graphs it is given."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    table: dict[Any, Callable[..., Any]] = select_decomp_table()
+    return table

@@ -1,0 +1,313 @@
+"""Marks: how a model stays adapted whatever runs it.
+
+A mark is a forward hook on the module that owns a site. It hands the site's adapter tensors to one
+op, ``peftfx::site``, whose eager kernel is the method's reference math: a run that bypasses the
+backend is adapted all the same, merely unfused. Only :mod:`peftfx.passes.insert` replaces the op.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import NotAdaptedError
+from peftfx.methods.method import Acts, Method, decode
+from peftfx.site import SLOT, Site
+
+SCHEMA = "(Tensor? y, Tensor x, Tensor[] tensors, Tensor? seed, str key, bool training) -> Tensor"
+
+_library = torch.library.Library("peftfx", "FRAGMENT")
+_library.define("site" + SCHEMA, tags=(torch.Tag.pt2_compliant_tag,))
+
+
+class Entry(nn.Module):
+    """The tensors of one method at one site, under fixed names.
+
+    ``key`` is what a graph bakes in of the method (see :meth:`Method.key`); it is empty while the
+    entry is off, so that the off state is a graph of its own, free of the adapter's nodes.
+    """
+
+    def __init__(self, site: str) -> None:
+        super().__init__()
+        self.key = ""
+        self.site = site
+        self.acts: Acts = "output"
+        self.names: tuple[str, ...] = ()  # in the order of the key
+        self.reads: tuple[str, ...] = ()  # base parameters of the owner
+        self.drops = False  # whether the method needs a seed when it trains
+        self.method: Method | None = None
+
+    def fill(self, method: Method, tensors: Mapping[str, Tensor]) -> None:
+        """Puts *tensors*, made for *method*, into the entry; the objects themselves, no copies."""
+        for name in self.names:
+            delattr(self, name)
+        for name, tensor in tensors.items():
+            if isinstance(tensor, nn.Parameter):
+                self.register_parameter(name, tensor)
+            else:
+                self.register_buffer(name, tensor, persistent=False)
+        self.names = tuple(tensors)
+        self.method = method
+        self.reads = method.reads
+        self.drops = method.draws(True)
+
+    def empty(self) -> None:
+        """Takes the tensors out and switches the entry off."""
+        self.key = ""
+        for name in self.names:
+            delattr(self, name)
+        self.names = ()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name, without what the method reads of the base."""
+        return {name: getattr(self, name) for name in self.names}
+
+
+class Slot(nn.Module):
+    """All entries of a module: a child of fixed name, :data:`peftfx.site.SLOT`."""
+
+    def entries(self) -> Iterator[Entry]:
+        for entry in self.children():
+            assert isinstance(entry, Entry)
+            yield entry
+
+
+# Set while a model is run to prove its marks: site names that fired are added.
+_fired: ContextVar[set[str] | None] = ContextVar("peftfx_fired", default=None)
+
+
+@contextmanager
+def proof() -> Iterator[set[str]]:
+    """Collects the names of the sites whose marks fire inside the block; nothing refuses there."""
+    fired: set[str] = set()
+    token = _fired.set(fired)
+    try:
+        yield fired
+    finally:
+        _fired.reset(token)
+
+
+def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor) -> Tensor:
+    if not torch.compiler.is_compiling():
+        fired = _fired.get()
+        if fired is not None:
+            fired.add(entry.site)
+    tensors = [getattr(entry, name) for name in entry.names]
+    tensors += [getattr(owner, name) for name in entry.reads]
+    seed = None
+    if entry.drops and owner.training:
+        # drawn here and not in the op: a recomputed region replays it, and the op stays pure
+        seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
+    return torch.ops.peftfx.site(y, x, tensors, seed, entry.key, owner.training)
+
+
+def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
+    """Forward hook: methods that change the module's output. It must stay at module level."""
+    for entry in getattr(module, SLOT).children():
+        if entry.key and entry.acts == "output":
+            y = _mark(module, entry, y, args[0] if args else next(iter(kwargs.values())))
+    return y
+
+
+def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Forward pre-hook: methods that change the module's first input."""
+    for entry in getattr(module, SLOT).children():
+        if entry.key and entry.acts == "input":
+            if args:
+                args = (_mark(module, entry, None, args[0]), *args[1:])
+            else:
+                name, x = next(iter(kwargs.items()))
+                kwargs = {**kwargs, name: _mark(module, entry, None, x)}
+    return args, kwargs
+
+
+def _read(module: nn.Module, name: str) -> Tensor:
+    """The weight of *module* as others see it: with the marks of the entries that act on it."""
+    w: Tensor = module._parameters[name]  # type: ignore[assignment]
+    for entry in module._modules[SLOT].children():  # type: ignore[union-attr]
+        if entry.key and entry.acts == "weight":
+            w = _mark(module, entry, None, w)
+    return w
+
+
+@functools.cache
+def _reading(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    """A subclass of *cls* whose parameter *name* is read through :func:`_read`.
+
+    For weights that are used without their module being called; parameters stay where they are.
+    """
+    members = {
+        name: property(lambda self: _read(self, name)),
+        "__reduce_ex__": lambda self, protocol: (_new, (cls, name), self.__dict__),
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        _BASE: cls,
+    }
+    return type(cls.__name__, (cls,), members)
+
+
+_BASE = "_peftfx_base_class"
+
+
+def _new(cls: type[nn.Module], name: str) -> nn.Module:
+    adapted = _reading(cls, name)
+    return adapted.__new__(adapted)
+
+
+def place(module: nn.Module, site: Site, method: Method, acts: Acts | None = None) -> Entry:
+    """The entry of *method* at *module*, with the hook that serves it; made where missing."""
+    acts = acts or method.acts
+    slot = module._modules.get(SLOT)
+    if slot is None:
+        slot = Slot()
+        slot.train(module.training)
+        module.add_module(SLOT, slot)
+    entry = slot._modules.get(method.name)
+    if entry is None:
+        entry = Entry(site.name)
+        entry.train(module.training)
+        slot.add_module(method.name, entry)
+    assert isinstance(entry, Entry)
+    entry.acts = acts
+    if acts == "output" and not hooked(module, after):
+        module.register_forward_hook(after, with_kwargs=True)
+    if acts == "input" and not hooked(module, before):
+        module.register_forward_pre_hook(before, with_kwargs=True)
+    if acts == "weight" and not hasattr(type(module), _BASE):
+        module.__class__ = _reading(type(module), site.parameter)
+    return entry
+
+
+def armed(module: nn.Module, acts: Acts) -> bool:
+    """Whether what makes an entry of *acts* fire is still in place."""
+    if acts == "weight":
+        return hasattr(type(module), _BASE)
+    return hooked(module, after if acts == "output" else before)
+
+
+def displace(module: nn.Module, method: str) -> None:
+    """Takes the entry of one method off *module*, and the slot with its last entry."""
+    slot = module._modules[SLOT]
+    assert slot is not None
+    del slot._modules[method]
+    if not slot._modules:
+        clear(module)
+
+
+def clear(module: nn.Module) -> None:
+    """Takes the slot and its hooks off *module*."""
+    module._modules.pop(SLOT, None)
+    if hasattr(type(module), _BASE):
+        module.__class__ = getattr(type(module), _BASE)
+    for hooks, extra, hook in _tables(module):
+        for handle in [h for h, f in hooks.items() if f is hook]:
+            del hooks[handle]
+            extra.pop(handle, None)
+
+
+def hooked(module: nn.Module, hook: Any) -> bool:
+    """Whether *hook* is among the module's hooks."""
+    return any(f is hook for hooks, _, h in _tables(module) if h is hook for f in hooks.values())
+
+
+def _tables(module: nn.Module) -> Iterator[tuple[dict[int, Any], dict[int, Any], Any]]:
+    yield module._forward_hooks, module._forward_hooks_with_kwargs, after
+    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before
+
+
+# -- the op --------------------------------------------------------------------------------------
+
+
+def reference(
+    y: Tensor | None,
+    x: Tensor,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    key: str,
+    training: bool,
+) -> Tensor:
+    """What a mark computes: the method's own math, outside autocast (its dtypes are explicit)."""
+    decoded = decode(key)
+    with torch.autocast(x.device.type, enabled=False):
+        out = decoded.apply(y, x, tensors, training=training, seed=seed)
+    like = x if y is None else y
+    if out.shape != like.shape or out.dtype != like.dtype:
+        raise NotAdaptedError(
+            f"method {decoded.method.name!r} changed {tuple(like.shape)} {like.dtype} into "
+            f"{tuple(out.shape)} {out.dtype}"
+        )
+    return out
+
+
+def _kernel(
+    y: Tensor | None,
+    x: Tensor,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    key: str,
+    training: bool,
+) -> Tensor:
+    if decode(key).strict and _fired.get() is None:
+        raise NotAdaptedError(
+            "the spec says `strict: true`, and this run goes around the backend: eagerly, under "
+            "another backend, or in a frame that Dynamo skipped",
+            remedy="compile the model with backend=peftfx.backend(spec), or drop `strict`",
+        )
+    out = reference(y, x, tensors, seed, key, training)
+    like = torch.empty_like(x if y is None else y)
+    if out.stride() == like.stride() and out is not y and out is not x:
+        return out
+    return like.copy_(out)
+
+
+def _fake(
+    y: Tensor | None,
+    x: Tensor,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    key: str,
+    training: bool,
+) -> Tensor:
+    return torch.empty_like(x if y is None else y)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    y, x, tensors, seed, ctx.key, ctx.training = inputs
+    ctx.count = len(tensors)
+    ctx.save_for_backward(y, x, seed, *tensors)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Backward of every method: recompute the reference, differentiate it."""
+    y, x, seed, *tensors = ctx.saved_tensors
+    needs_y, needs_x, needs_t = ctx.needs_input_grad[:3]
+    flags = needs_t if isinstance(needs_t, (list, tuple)) else [needs_t] * ctx.count
+    with torch.enable_grad():
+        y_, x_ = _leaf(y, needs_y), _leaf(x, needs_x)
+        leaves = [_leaf(t, f) for t, f in zip(tensors, flags, strict=True)]
+        out = reference(y_, x_, leaves, seed, ctx.key, ctx.training)
+        wanted = [t for t in (y_, x_, *leaves) if t is not None and t.requires_grad]
+        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+    grads = [
+        next(found) if t is not None and t.requires_grad else None for t in (y_, x_, *leaves)
+    ]
+    return grads[0], grads[1], grads[2:], None, None, None
+
+
+def _leaf(t: Tensor | None, needs: bool) -> Tensor | None:
+    if t is None:
+        return None
+    return t.detach().requires_grad_(needs and t.is_floating_point())
+
+
+_library.impl("site", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("peftfx::site", _fake, lib=_library)
+torch.library.register_autograd(
+    "peftfx::site", _backward, setup_context=_setup_context, lib=_library
+)

@@ -1,0 +1,102 @@
+"""Merging adapters into the weights, and taking them out again, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.bind import Binding, bound, entry_of, parameter, set_keys
+from peftfx.errors import BindError, MergeError
+from peftfx.methods.method import Method
+from peftfx.plans import Placement
+
+
+def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
+    """Folds the active adapters into the weights; the model then runs without marks.
+
+    The weights before are kept, so that :func:`unmerge` gives them back exactly.
+
+    Args:
+        untie: merge into a tied weight too, for the adapted module alone; the others keep theirs.
+
+    Raises:
+        MergeError: a method without a merge rule, or a tied weight. Nothing is changed then.
+    """
+    plain, binding = bound(model)
+    if binding.merged:
+        return model
+    if not binding.enabled:
+        raise BindError("the adapters are off", remedy="leave `with peftfx.disabled(model)` first")
+    merged: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for p, method in binding.installed:
+            if p.method.acts == "parameter":
+                continue  # the trained value is in its place already
+            _check_tied(plain, p, untie)
+            tensors = entry_of(plain, p).tensors()
+            tensors |= {n: parameter(plain, _sibling(p, n)) for n in method.reads}
+            weight = merged.get(p.site.name, parameter(plain, p.site.name))
+            merged[p.site.name] = method.merge(weight, tensors, p.site)
+            _merge_bias(plain, p, method, tensors, merged)
+    for name, value in merged.items():
+        path, _, leaf = name.rpartition(".")
+        owner = plain.get_submodule(path)
+        original = owner._parameters[leaf]
+        assert original is not None
+        binding.unmerged[name] = original
+        owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    if not merged:
+        return model
+    set_keys(plain, binding)
+    return model
+
+
+def unmerge(model: nn.Module) -> nn.Module:
+    """Undoes :func:`merge`: the weights are the very tensors they were, the marks are on."""
+    plain, binding = bound(model)
+    restore_merged(plain, binding)
+    set_keys(plain, binding)
+    return model
+
+
+def restore_merged(model: nn.Module, binding: Binding) -> None:
+    """Puts the weights from before the merge back."""
+    for name, original in binding.unmerged.items():
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        current = owner._parameters[leaf]
+        if current is not None and current.device != original.device:
+            original.data = original.data.to(current.device)
+        owner._parameters[leaf] = original
+    binding.unmerged.clear()
+
+
+def _sibling(p: Placement, name: str) -> str:
+    return f"{p.site.module}.{name}" if p.site.module else name
+
+
+def _merge_bias(
+    model: nn.Module,
+    p: Placement,
+    method: Method,
+    tensors: Mapping[str, Tensor],
+    merged: dict[str, Tensor],
+) -> None:
+    name = _sibling(p, "bias")
+    before = merged.get(name, model.get_submodule(p.site.module)._parameters.get("bias"))
+    after = method.merge_bias(before, tensors, p.site)
+    if after is not None and after is not before:
+        merged[name] = after
+
+
+def _check_tied(model: nn.Module, p: Placement, untie: bool) -> None:
+    owner = model.get_submodule(p.site.module)
+    others = [a for a in p.site.aliases if model.get_submodule(a.rpartition(".")[0]) is not owner]
+    if others and not untie:
+        raise MergeError(
+            f"the weight is tied to {', '.join(others)}: merging would change that too",
+            site=p.site.name,
+            remedy="peftfx.merge(model, untie=True) gives this module a weight of its own",
+        )

@@ -1,0 +1,242 @@
+"""Operations on the adapters of a bound model: add, remove, activate, switch off, list.
+
+None of them changes a compiled graph: they put other tensors into the slots. After each kind of
+graph was compiled once (on, off, a mix of n), switching back and forth compiles nothing.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from peftfx import mark
+from peftfx.bind import (
+    Adapter,
+    binding_of,
+    bound,
+    check_name,
+    create,
+    entry_of,
+    forms,
+    install,
+    make_plan,
+    place_all,
+    restore,
+    set_keys,
+    swap,
+    tensors_of,
+)
+from peftfx.errors import AdapterError, BindError, MergeError
+from peftfx.registry import disown
+from peftfx.spec import Spec
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether *model* carries adapters."""
+    return binding_of(model) is not None
+
+
+def adapters(model: nn.Module) -> dict[str, float]:
+    """The names of all adapters, each with its weight: 1 where active, 0 where not."""
+    _, binding = bound(model)
+    return {name: binding.active.get(name, 0.0) for name in binding.adapters}
+
+
+def add(
+    model: nn.Module,
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    adapter: str,
+    example: Any = None,
+    *,
+    trainable: bool = True,
+) -> None:
+    """Adds an adapter, inactive at first: fresh from a spec, or loaded from a directory.
+
+    Raises:
+        AdapterError: the name is taken or not allowed.
+    """
+    check_name(adapter)
+    model, binding = bound(model)
+    if adapter in binding.adapters:
+        raise AdapterError(
+            f"there is an adapter {adapter!r} already", remedy="remove it, or use another name"
+        )
+    if isinstance(spec, (str, os.PathLike)) and Path(spec).is_dir():
+        from peftfx.checkpoint import load
+
+        load(model, spec, adapter=adapter, trainable=trainable, compile=False)
+        return
+    insert(model, Spec.of(spec), adapter, example, trainable=trainable)
+
+
+def insert(
+    model: nn.Module,
+    spec: Spec,
+    adapter: str,
+    example: Any = None,
+    *,
+    trainable: bool = True,
+    tensors: list[dict[str, Any]] | None = None,
+) -> Adapter:
+    """Adds an adapter with fresh tensors, or with *tensors* for each placement of its plan."""
+    model, binding = bound(model)
+    with _base(model):
+        plan, traced = make_plan(model, spec, example)
+        if traced is not None:
+            binding.acts.update(forms(plan, traced))
+        elif any(
+            p.method.acts != "parameter" and not _marked(model, p.site.module) for p in plan
+        ):
+            binding.proven = False  # new sites: the next compile proves their marks
+        values = tensors if tensors is not None else create(model, plan, spec, trainable)
+    place_all(model, binding, plan)
+    made = Adapter(adapter, spec, plan, trainable, values)
+    binding.adapters[adapter] = made
+    return made
+
+
+def _marked(model: nn.Module, path: str) -> bool:
+    return mark.SLOT in model.get_submodule(path)._modules
+
+
+def remove(model: nn.Module, adapter: str) -> None:
+    """Removes an inactive adapter and frees its tensors.
+
+    Raises:
+        AdapterError: it is unknown, active, or the last.
+    """
+    model, binding = bound(model)
+    binding.adapter(adapter)
+    if adapter in binding.active:
+        raise AdapterError(
+            f"adapter {adapter!r} is active",
+            remedy="activate another first, or peftfx.release(model) to take all off",
+        )
+    gone = binding.adapters.pop(adapter)
+    for tensors in gone.stored or []:
+        for tensor in tensors.values():
+            disown(tensor)
+    kept = {(p.site.module, p.method.name) for a in binding.adapters.values() for p in a.plan}
+    for p in gone.plan:
+        if p.method.acts == "parameter" or (p.site.module, p.method.name) in kept:
+            continue
+        mark.displace(model.get_submodule(p.site.module), p.method.name)
+
+
+def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
+    """Makes one adapter active, or a weighted sum of several.
+
+    A sum is for inference: its tensors are derived from the adapters', which stay as they are.
+
+    Raises:
+        AdapterError: an unknown name, an empty or non-finite mix.
+        MergeError: the model is merged, or a method's adapters cannot be mixed.
+    """
+    model, binding = bound(model)
+    if binding.merged:
+        raise MergeError("the model is merged", remedy="call peftfx.unmerge(model) first")
+    if not binding.enabled:
+        raise BindError("the adapters are off", remedy="leave `with peftfx.disabled(model)` first")
+    weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
+    if not weights or not all(math.isfinite(w) for w in weights.values()):
+        raise AdapterError(f"{weights} is no mix", remedy="give each adapter a finite weight")
+    for name in weights:
+        binding.adapter(name)
+    if weights != binding.active or len(weights) > 1:
+        install(model, binding, weights)
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[nn.Module]:
+    """Inside the block, *model* is the base: marks are off, trained parameters put aside."""
+    inner, binding = bound(model)
+    if binding.merged:
+        raise MergeError("the model is merged", remedy="call peftfx.unmerge(model) first")
+    if not binding.enabled:
+        yield model
+        return
+    with _base(inner):
+        binding.enabled = False
+        set_keys(inner, binding)
+        try:
+            yield model
+        finally:
+            binding.enabled = True
+            set_keys(inner, binding)
+
+
+@contextmanager
+def _base(model: nn.Module) -> Iterator[None]:
+    """Inside the block, the base's own parameters are in their places."""
+    model, binding = bound(model)
+    taken = [p for p, _ in binding.installed if p.method.acts == "parameter"]
+    taken = [p for p in taken if p.site.name not in binding.aside]
+    for p in taken:
+        names = (p.site.name, *p.site.aliases)
+        binding.aside[p.site.name] = restore(model, binding, names)
+    try:
+        yield
+    finally:
+        for p in taken:
+            swap(model, binding, (p.site.name, *p.site.aliases), binding.aside.pop(p.site.name))
+
+
+def parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
+    """The parameters that train: of one adapter, or of all active ones."""
+    return [p for _, p in named_parameters(model, adapter)]
+
+
+def named_parameters(
+    model: nn.Module, adapter: str | None = None
+) -> list[tuple[str, nn.Parameter]]:
+    """Names (``<site>:<method>.<tensor>``) and parameters of what trains."""
+    model, binding = bound(model)
+    names = [adapter] if adapter is not None else list(binding.active)
+    found = []
+    for name in names:
+        plan = binding.adapter(name).plan
+        for p, tensors in zip(plan, tensors_of(model, binding, name), strict=True):
+            for leaf, tensor in tensors.items():
+                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
+                    found.append((f"{p.site.name}:{p.method.name}.{leaf}", tensor))
+    return found
+
+
+def parameter_groups(
+    model: nn.Module, lr: float | None = None, weight_decay: float | None = None
+) -> list[dict[str, Any]]:
+    """Groups for an optimizer: matrices with *weight_decay*, vectors (biases, norms) without."""
+    found = parameters(model)
+    groups = []
+    for decay, chosen in (
+        (weight_decay, [p for p in found if p.ndim > 1]),
+        (0.0, [p for p in found if p.ndim <= 1]),
+    ):
+        if chosen:
+            group: dict[str, Any] = {"params": chosen}
+            if lr is not None:
+                group["lr"] = lr
+            if decay is not None:
+                group["weight_decay"] = decay
+            groups.append(group)
+    return groups
+
+
+__all__ = [
+    "activate",
+    "add",
+    "adapters",
+    "disabled",
+    "entry_of",
+    "is_adapted",
+    "named_parameters",
+    "parameter_groups",
+    "parameters",
+    "remove",
+]

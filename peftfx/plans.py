@@ -1,0 +1,229 @@
+"""Plans: which rule of a spec acts at which site of a model, with what parameters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from peftfx.errors import PlanError, RoleError, nearest
+from peftfx.methods.method import Method
+from peftfx.site import Site, sites
+
+if TYPE_CHECKING:
+    from peftfx.roles import Roles
+    from peftfx.spec import Rule, Spec
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One method at one site, as asked for by one rule."""
+
+    site: Site
+    method: Method
+    rule: int
+    where: str | None = None
+
+    @property
+    def count(self) -> int:
+        """Trainable values."""
+        if not self.method.trains:
+            return 0
+        return sum(math.prod(p.shape) for p in self.method.params(self.site).values())
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A site that a rule's selectors name and its method does not act at."""
+
+    site: Site
+    rule: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`resolve` decided. ``str(plan)`` is a table."""
+
+    placements: tuple[Placement, ...]
+    refusals: tuple[Refusal, ...] = ()
+    total: int = 0  # values of the base
+
+    @property
+    def trainable(self) -> int:
+        """Number of values that train."""
+        return sum(p.count for p in self.placements)
+
+    def __iter__(self) -> Iterator[Placement]:
+        return iter(self.placements)
+
+    def rows(self) -> list[dict[str, object]]:
+        """The table as plain values, a row for each placement."""
+        return [
+            {
+                "site": p.site.name,
+                "kind": p.site.kind,
+                "roles": sorted(p.site.roles),
+                "layer": p.site.layer,
+                "shape": list(p.site.shape),
+                "method": p.method.name,
+                "parameters": p.count,
+                "rule": p.rule,
+                "where": p.where,
+            }
+            for p in self.placements
+        ]
+
+    def __str__(self) -> str:
+        rows = [("site", "kind", "role", "shape", "method", "parameters", "rule")]
+        for p in self.placements:
+            rows.append(
+                (
+                    p.site.name,
+                    p.site.kind,
+                    " ".join(sorted(p.site.roles)) or "-",
+                    "×".join(map(str, p.site.shape)),
+                    p.method.name,
+                    f"{p.count:,}",
+                    p.where or str(p.rule),
+                )
+            )
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        share = 100 * self.trainable / max(self.total, 1)
+        lines.append(
+            f"{len(self.placements)} placements, {self.trainable:,} trainable values "
+            f"({share:.3g} % of the base's {self.total:,})"
+        )
+        lines += [f"not at {r.site.name}: {r.reason} (rule {r.rule})" for r in self.refusals]
+        return "\n".join(lines)
+
+
+def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:
+    """The plan of *spec* on *model*. Nothing is changed.
+
+    Args:
+        roles: what the model's dataflow says, needed by specs that select by role.
+
+    Raises:
+        PlanError: a rule that matches nothing, two rules that clash, a shape that forbids a rule.
+        RoleError: a role that the dataflow does not show.
+    """
+    known = list(sites(model))
+    if not known:
+        raise PlanError("the model has no parameters: there is nothing to adapt")
+    if roles is not None:
+        known = [replace(s, roles=roles.of(s.name)) for s in known]
+    placements: list[Placement] = []
+    refusals: list[Refusal] = []
+    for number, rule in enumerate(spec.rules):
+        matched = [s for s in known if rule.selector.matches(s, rule.method, s.layers or 0)]
+        if not matched:
+            raise _nothing(rule, known, roles)
+        placed = []
+        for site in matched:
+            method = rule.method_at(site)
+            reason = method.accepts(site) or _partly(rule, site)
+            if reason is None:
+                placed.append(Placement(site, method, number, rule.where))
+            else:
+                refusals.append(Refusal(site, number, reason))
+        if not placed:
+            first = refusals[-len(matched)]
+            raise PlanError(
+                f"rule {number} ({rule.method.name}) acts nowhere: {first.reason}",
+                where=rule.where,
+                site=first.site.name,
+                remedy="name sites that the method acts at",
+            )
+        placements += placed
+    refusals = [r for r in refusals if _worth_telling(r, placements)]
+    placements = _same_tensor(placements)
+    _clashes(placements)
+    for p in placements:
+        try:
+            p.method.params(p.site)
+        except PlanError as error:
+            raise PlanError(
+                error.message, where=p.where, site=p.site.name, remedy=error.remedy
+            ) from None
+    total = sum({id(p): p.numel() for p in model.parameters()}.values())
+    return Plan(tuple(placements), tuple(refusals), total)
+
+
+def _partly(rule: Rule, site: Site) -> str | None:
+    """A fused projection is taken whole or not at all: no role of it may be left out silently."""
+    asked = rule.selector.role
+    if not asked or len(site.roles) < 2:
+        return None
+    missing = sorted(r for r in site.roles if not rule.selector.asks(r))
+    if not missing:
+        return None
+    return (
+        f"one weight computes {', '.join(sorted(site.roles))}: ask for {', '.join(missing)} too, "
+        "or select it by name"
+    )
+
+
+def _worth_telling(refusal: Refusal, placements: list[Placement]) -> bool:
+    """A glob that names a module means its weight: that its bias was not meant is no news."""
+    return not any(
+        p.rule == refusal.rule and p.site.module == refusal.site.module for p in placements
+    )
+
+
+def _nothing(rule: Rule, known: list[Site], roles: Roles | None) -> PlanError:
+    if rule.selector.role and roles is not None:
+        found = frozenset().union(*(s.roles for s in known))
+        if not any(rule.selector.asks(r) for r in found):
+            asked = " ".join(rule.selector.role)
+            return RoleError(
+                f"no site has the role {asked}",
+                where=rule.where,
+                remedy=" ".join(roles.explain(r) for r in rule.selector.role),
+            )
+    names = {s.module for s in known} | {s.name for s in known}
+    wanted = " ".join(rule.selector.name or ())
+    return PlanError(
+        f"the {rule.method.name} rule matches nothing ({rule.selector})",
+        where=rule.where,
+        remedy=nearest(wanted, names) if wanted else "loosen the selectors",
+    )
+
+
+def _same_tensor(placements: list[Placement]) -> list[Placement]:
+    """A tied parameter is trained once, however many of its names a rule matches."""
+    seen: set[tuple[int, str]] = set()
+    kept = []
+    for p in placements:
+        names = {p.site.name, *p.site.aliases}
+        if p.method.acts == "parameter":
+            if any((p.rule, n) in seen for n in names):
+                continue
+            seen |= {(p.rule, n) for n in names}
+        kept.append(p)
+    return kept
+
+
+def _clashes(placements: Iterable[Placement]) -> None:
+    at: dict[tuple[str, str], Placement] = {}
+    for p in placements:
+        # methods that take a parameter over exclude each other; others may be stacked
+        what = "parameter" if p.method.acts == "parameter" else p.method.name
+        names = (p.site.name, *p.site.aliases) if what == "parameter" else (p.site.name,)
+        for name in names:
+            other = at.setdefault((name, what), p)
+            if other is not p:
+                raise PlanError(
+                    f"rule {other.rule} ({other.method.name}) and rule {p.rule} "
+                    f"({p.method.name}) both act here",
+                    where=p.where,
+                    site=name,
+                    remedy="exclude the site from one of them with `except:`",
+                )

@@ -1,0 +1,180 @@
+"""Selectors: which sites a rule means."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from peftfx.errors import SpecError, nearest
+from peftfx.methods.method import Method
+from peftfx.site import STACKS, Site
+
+SELECTORS = ("name", "role", "kind", "layers", "stack", "except")
+_ATTENTION = ("query", "key", "value", "output")
+ROLES = (
+    *(f"attention.{r}" for r in _ATTENTION),
+    *(f"cross_attention.{r}" for r in _ATTENTION),
+    "mlp.up", "mlp.gate", "mlp.down",
+    "attention", "cross_attention", "mlp",
+    "residual.attention", "residual.mlp",
+    "embedding.token", "embedding.position", "embedding",
+    "head", "norm", "conv", "router", "experts", "tokens",
+)  # fmt: skip
+KINDS = (
+    "linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "norm", "attention",
+    "parameter",
+)  # fmt: skip
+_LAYERS = re.compile(r"(\d{1,6})-(\d{1,6})|(last|first|every) (\d{1,6})|(\d{1,6})")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """All of what is given has to hold. Names are globs in which ``*`` crosses dots."""
+
+    name: tuple[str, ...] = ()
+    role: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+    layers: str | int | tuple[int, ...] | None = None
+    stack: tuple[str, ...] = ()
+    except_: tuple[str, ...] = ()
+
+    @classmethod
+    def parse(cls, given: Mapping[str, Any]) -> Selector:
+        """The selector in the selector keys of a rule. Errors begin with the key's name."""
+        texts = {k: _texts(k, given.get(k)) for k in SELECTORS if k != "layers"}
+        for key, known in (("role", ROLES), ("kind", KINDS), ("stack", STACKS)):
+            for value in texts[key]:
+                if value not in known:
+                    raise SpecError(
+                        f"{key} {value!r} is not known", remedy=nearest(value, known)
+                    )
+        layers = _layers(given.get("layers"))
+        excluded = texts.pop("except")
+        return cls(**texts, layers=layers, except_=excluded)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys as a spec file has them."""
+        content: dict[str, Any] = {}
+        for key in SELECTORS:
+            value = getattr(self, "except_" if key == "except" else key)
+            if key == "layers" and value is not None:
+                content[key] = list(value) if isinstance(value, tuple) else value
+            elif key != "layers" and value:
+                content[key] = value[0] if len(value) == 1 else list(value)
+        return content
+
+    def __str__(self) -> str:
+        return ", ".join(f"{k}: {v}" for k, v in self.to_dict().items()) or "everything"
+
+    def asks(self, role: str) -> bool:
+        """Whether *role* is asked for, by its name or its group's (``attention``, ``mlp``)."""
+        return role in self.role or role.rpartition(".")[0] in self.role
+
+    def matches(self, site: Site, method: type[Method] | Method, layer_count: int) -> bool:
+        """Whether *site* is meant. *layer_count* is the number of blocks in its stack."""
+        within = method.acts == "parameter"
+        return (
+            (not self.name or _named(self.name, site, within))
+            and (not self.role or any(self.asks(r) for r in site.roles))
+            and (not self.kind or site.kind in self.kind)
+            and (self.layers is None or site.layer in self._indexes(layer_count))
+            and (not self.stack or site.stack in self.stack)
+            and not (self.except_ and _named(self.except_, site, within=True))
+        )
+
+    def _indexes(self, count: int) -> range | tuple[int, ...]:
+        layers = self.layers
+        if isinstance(layers, int):
+            return (layers,)
+        if isinstance(layers, tuple):
+            return layers
+        assert isinstance(layers, str)
+        found = _LAYERS.fullmatch(layers)
+        assert found is not None
+        first, last, word, number, single = found.groups()
+        if single is not None:
+            return (int(single),)
+        if first is not None:
+            return range(int(first), int(last) + 1)
+        n = int(number)
+        if word == "last":
+            return range(max(count - n, 0), count)
+        return range(min(n, count)) if word == "first" else range(0, count, n)
+
+
+def _texts(key: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, Sequence) or not values or not all(
+        isinstance(v, str) and 0 < len(v) <= 1024 for v in values
+    ):
+        raise SpecError(f"{key} is {value!r}", remedy="give a text or a list of texts")
+    return tuple(values)
+
+
+def _layers(value: Any) -> str | int | tuple[int, ...] | None:
+    if value is None:
+        return None
+    whole = [value] if isinstance(value, int) else value
+    if isinstance(whole, (list, tuple)) and whole:
+        if all(isinstance(v, int) and not isinstance(v, bool) and v >= 0 for v in whole):
+            return value if isinstance(value, int) else tuple(whole)
+    elif isinstance(value, str):
+        found = _LAYERS.fullmatch(value)
+        backwards = found and found.group(1) and int(found.group(1)) > int(found.group(2))
+        if found and not backwards and value.split()[-1] != "0" or value == "0":
+            return value
+    raise SpecError(
+        f"layers is {value!r}",
+        remedy="write 0-5, [0, 2, 4], `last 4`, `first 2` or `every 2`",
+    )
+
+
+def _named(globs: tuple[str, ...], site: Site, within: bool) -> bool:
+    """Whether a glob matches one of the site's names.
+
+    Tried are parameter names and their modules; *within*, all modules around them too.
+    """
+    tried: set[str] = set()
+    for name in (site.name, *site.aliases):
+        module = name.rpartition(".")[0]
+        tried |= {name, module}
+        while within and module:
+            module = module.rpartition(".")[0]
+            tried.add(module)
+    tried.discard("")
+    return any(glob_matches(g, n) for g in globs for n in tried)
+
+
+@functools.lru_cache(maxsize=65536)
+def glob_matches(glob: str, name: str) -> bool:
+    """``*`` any run, ``?`` one character, ``[ab]`` one of a set. Time is |glob|·|name| at most."""
+    tokens = _tokens(glob)
+    at, star, back = 0, -1, 0
+    i = 0
+    while i < len(name):
+        if at < len(tokens) and tokens[at] != "*" and _fits(tokens[at], name[i]):
+            at, i = at + 1, i + 1
+        elif at < len(tokens) and tokens[at] == "*":
+            star, back, at = at, i, at + 1
+        elif star >= 0:
+            back += 1
+            at, i = star + 1, back
+        else:
+            return False
+    return all(t == "*" for t in tokens[at:])
+
+
+@functools.lru_cache(maxsize=1024)
+def _tokens(glob: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\[[^\]]+\]|.", glob, re.DOTALL))
+
+
+def _fits(token: str, char: str) -> bool:
+    if len(token) > 1:
+        return (char in token[2:-1]) is not True if token[1] == "!" else char in token[1:-1]
+    return token in ("?", char)

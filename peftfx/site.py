@@ -1,0 +1,164 @@
+"""Sites: the places of a model where a method can act.
+
+A site is a parameter, seen together with the module that owns it. Its identity is the pair (module
+path, parameter name). Where a tensor has other names too (tied, or one module under two paths),
+they are the site's aliases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+CONVS: dict[type[nn.Module], str] = {
+    nn.Conv1d: "conv1d",
+    nn.Conv2d: "conv2d",
+    nn.Conv3d: "conv3d",
+}
+STACKS = ("encoder", "decoder", "vision", "text")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One parameter of a model and the module that owns it.
+
+    ``kind`` is that of the owner: ``linear``, ``hf_conv1d`` (weight ``[in, out]``), ``embedding``,
+    ``conv1d|2d|3d``, ``norm``, ``attention`` (``nn.MultiheadAttention``) or ``parameter`` (any
+    other owner). ``attrs`` are the static arguments of the owner's call (stride, groups, …).
+    """
+
+    module: str
+    parameter: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    attrs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    aliases: tuple[str, ...] = ()
+    roles: frozenset[str] = frozenset()
+    layer: int | None = None
+    layers: int | None = None  # how many blocks its stack has
+    stack: str | None = None
+    trainable: bool = field(default=True, compare=False)
+
+    @property
+    def name(self) -> str:
+        """The parameter's qualified name."""
+        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+
+    @property
+    def in_features(self) -> int:
+        """Width of the input (channels of all groups for a convolution, rows of a table)."""
+        if self.kind in ("hf_conv1d", "embedding"):
+            return self.shape[0]
+        return self.shape[1] * int(self.attrs.get("groups", 1))
+
+    @property
+    def out_features(self) -> int:
+        """Width of the output."""
+        return self.shape[1] if self.kind in ("hf_conv1d", "embedding") else self.shape[0]
+
+
+def kind_of(module: nn.Module) -> str:
+    """The kind of the sites that *module* owns."""
+    if isinstance(module, nn.Linear):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    for cls, kind in CONVS.items():
+        if isinstance(module, cls):
+            return kind
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
+    if _is_hf_conv1d(module):
+        return "hf_conv1d"
+    if _is_norm(module):
+        return "norm"
+    return "parameter"
+
+
+def _is_hf_conv1d(module: nn.Module) -> bool:
+    # by shape of the class, not by import: transformers is not a dependency of the core
+    weight = getattr(module, "weight", None)
+    return (
+        type(module).__name__ == "Conv1D"
+        and hasattr(module, "nf")
+        and isinstance(weight, torch.Tensor)
+        and weight.ndim == 2
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    norms = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
+    if isinstance(module, norms) or type(module).__name__.endswith("Norm"):
+        return True
+    # RMS norms go by many names: one vector, nothing else, and an epsilon
+    own = dict(module.named_parameters(recurse=False))
+    return (
+        list(own) == ["weight"]
+        and own["weight"].ndim == 1
+        and any("eps" in key for key in vars(module))
+    )
+
+
+def attrs_of(module: nn.Module, kind: str) -> Mapping[str, Any]:
+    """Static call arguments of a module, as plain values that can go into a mark's key."""
+    if kind.startswith("conv"):
+        names = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
+    elif kind == "embedding":
+        names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
+    else:
+        return {}
+    return {n: getattr(module, n) for n in names}
+
+
+def _block_of(model: nn.Module, path: str) -> dict[str, Any]:
+    """The block that *path* lies in: its index in the outermost ``ModuleList`` and the stack."""
+    module, parts = model, path.split(".") if path else []
+    for depth, part in enumerate(parts):
+        parent, module = module, module._modules[part]  # type: ignore[assignment]
+        if isinstance(parent, nn.ModuleList) and part.isdigit():
+            words = [w for w in STACKS if any(w in p for p in parts[:depth])]
+            return {
+                "layer": int(part),
+                "layers": len(parent),
+                "stack": words[0] if words else None,
+            }
+    return {}
+
+
+def sites(model: nn.Module) -> Iterator[Site]:
+    """Every parameter of every module of *model*, roles not yet known; bound adapters left out.
+
+    A tied parameter gives one site for each module that owns it: an embedding and a head that
+    share a tensor are different places to act.
+    """
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if SLOT not in name.split("."):
+            names.setdefault(id(p), []).append(name)
+    for path, module in model.named_modules():  # a module under two names comes once
+        if SLOT in path.split("."):
+            continue
+        kind = kind_of(module)
+        for pname, p in module._parameters.items():
+            if p is None:
+                continue
+            name = f"{path}.{pname}" if path else pname
+            yield Site(
+                module=path,
+                parameter=pname,
+                kind=kind,
+                shape=tuple(p.shape),
+                dtype=p.dtype,
+                attrs=attrs_of(module, kind),
+                aliases=tuple(n for n in names[id(p)] if n != name),
+                **_block_of(model, path),
+                trainable=p.requires_grad,
+            )
+
+
+SLOT = "peftfx"  # the child module, under a site's owner, that holds the adapter's tensors
