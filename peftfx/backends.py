@@ -40,6 +40,7 @@ class Backend:
         self.spec = None if spec is None else Spec.of(spec)
         self.lower = lower
         self.reports: list[engine.Report] = []
+        self.snapshots = False
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self.__name__ = "peftfx"
         dynamo.guard_hooks()
@@ -133,7 +134,9 @@ class Backend:
         mode: str | None,
         options: dict[str, Any],
     ) -> Callable[..., Any]:
-        context = engine.Context(provenance=provenance(gm, inputs, binding))
+        context = engine.Context(
+            provenance=provenance(gm, inputs, binding), snapshots=self.snapshots
+        )
         report = engine.run(gm, PIPELINE, context)
         self.reports = [*self.reports[-63:], report]
         logger.debug("%s", report)
@@ -147,7 +150,7 @@ class Backend:
             return gm.forward
         from peftfx.passes.lower import LowerPass
 
-        lower = LowerPass()
+        lower = LowerPass(choices=report.choices)
         if self.lower == "aot_eager":
             return dynamo.compile_aot(gm, inputs, lower)
         return dynamo.compile_inductor(gm, inputs, lower, mode, options)

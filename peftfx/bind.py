@@ -179,7 +179,21 @@ def bind(
     place_all(model, binding, plan)
     install(model, binding, {adapter: 1.0})
     _hook_states(model)
+    if not binding.proven:
+        model.register_forward_pre_hook(_prove_first, with_kwargs=True)
     return binding
+
+
+def _prove_first(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Root pre-hook of a model that was bound without an example: its first inputs are one.
+
+    Under a compile the backend does the same.
+    """
+    if torch.compiler.is_compiling():
+        return
+    binding = binding_of(module)
+    if binding is not None and not binding.proven:
+        prove(module, binding, (args, kwargs))
 
 
 def _try_trace(model: nn.Module) -> Trace | None:
@@ -219,11 +233,11 @@ def forms(plan: Plan, traced: Trace) -> dict[str, Acts]:
                 site=site.name,
                 remedy="exclude it with `except:`, or bind with an example that reaches it",
             )
-        if others:
+        if others or p.method.acts_at(site) == "weight":
             reason = p.method.weight_form(site)
             if reason is not None:
                 raise BindError(
-                    f"its weight is read by {', '.join(sorted(map(repr, others)))}: {reason}",
+                    f"its weight is read by {', '.join(sorted(map(repr, readers)))}: {reason}",
                     site=site.name,
                     remedy="exclude it with `except:`, or choose options with a weight form",
                 )
@@ -235,7 +249,13 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
     """Proves the marks of a bound model by one run on fake tensors. True if a mark was moved."""
     from peftfx.trace import trace
 
-    traced, moved = trace(model, example), False
+    binding.proven = True  # the run below passes the root's pre-hook
+    try:
+        traced = trace(model, example)
+    except BaseException:
+        binding.proven = False
+        raise
+    moved = False
     for adapter in binding.adapters.values():
         for name, acts in forms(adapter.plan, traced).items():
             moved |= binding.acts.get(name) != acts
@@ -244,7 +264,6 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
         for adapter in binding.adapters.values():
             place_all(model, binding, adapter.plan)
         set_keys(model, binding)
-    binding.proven = True
     return moved
 
 
@@ -504,6 +523,9 @@ def release(model: nn.Module) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(binding.flags.get(name, p.requires_grad))
         disown(p)
+    for key in [k for k, f in model._forward_pre_hooks.items() if f is _prove_first]:
+        del model._forward_pre_hooks[key]
+        model._forward_pre_hooks_with_kwargs.pop(key, None)
     for key in [k for k, f in model._load_state_dict_pre_hooks.items() if _is(f, _keep_adapter)]:
         del model._load_state_dict_pre_hooks[key]
     model.__dict__.pop("save_pretrained", None)

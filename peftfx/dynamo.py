@@ -7,6 +7,7 @@ an error that points to the public way: ``backend.bind(model)`` before the first
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -187,18 +188,16 @@ def fake_mode() -> Any:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-def _data_dependent() -> tuple[type[BaseException], ...]:
-    from torch._subclasses import fake_tensor as fake
-    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-
-    return (
-        fake.DataDependentOutputException,
-        fake.DynamicOutputShapeException,
-        GuardOnDataDependentSymNode,
-    )
-
-
-DATA_DEPENDENT = _data_dependent()
+@contextmanager
+def quiet_fakes() -> Iterator[None]:
+    """Inside the block, torch does not log fake kernels that fail: the caller has another way."""
+    name = logging.getLogger("torch._subclasses.fake_tensor")
+    level = name.level
+    name.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        name.setLevel(level)
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

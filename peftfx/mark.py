@@ -162,7 +162,7 @@ def _new(cls: type[nn.Module], name: str) -> nn.Module:
 
 def place(module: nn.Module, site: Site, method: Method, acts: Acts | None = None) -> Entry:
     """The entry of *method* at *module*, with the hook that serves it; made where missing."""
-    acts = acts or method.acts
+    acts = acts or method.acts_at(site)
     slot = module._modules.get(SLOT)
     if slot is None:
         slot = Slot()

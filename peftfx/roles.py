@@ -79,7 +79,8 @@ class _Finder:
         for op in self.ops.values():
             if op.name in MULS and len(op.args) == 2:
                 self._gated(op)
-            elif op.name in ACTIVATIONS:
+        for op in self.ops.values():
+            if op.name in ACTIVATIONS:
                 self._plain(op)
         for op in self.ops.values():
             self._local(op)
@@ -256,6 +257,8 @@ class _Finder:
         up = self.ops.get(self._through(activation.args[0], SHAPES | MULS | ADDS | ACTIVATIONS))
         if up is None or not self._weighs(up) or up.name not in MATRIX or self._taken(up):
             return
+        if any("mlp" in r for name in up.params for r in self.roles.of(name)):
+            return  # the gate of a gated block
         down = next(self._walk(activation.index, self.graph.successors, False), None)
         if down is None or down.name not in MATRIX or self._taken(down):
             return
@@ -308,13 +311,17 @@ class _Finder:
             self.roles.add(op, "norm")
 
     def _normalises(self, op: Op) -> bool:
-        """A vector times what was divided by its root mean square."""
-        return any(
-            (o := self.ops.get(p)) is not None and o.name == "rsqrt"
-            for a in op.args
-            for p in nx.ancestors(self.graph.subgraph(range(op.index - 8, op.index)), a)
-            if a in self.graph and op.index - 8 <= a
-        )
+        """Whether a vector scales what was divided by its root mean square."""
+        queue = [(a, 0) for a in op.args]
+        while queue:
+            at, depth = queue.pop()
+            made = self.ops.get(at)
+            if made is None or depth > 3 or self._weighs(made):
+                continue
+            if made.name == "rsqrt":
+                return True
+            queue += [(a, depth + 1) for a in made.args]
+        return False
 
     def _from_ids(self, op: Op) -> bool:
         return any(

@@ -25,8 +25,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from peftfx import dynamo
 from peftfx.errors import TraceError
+from peftfx.log import logger
 from peftfx.site import SLOT
 
+VIEWS = {
+    "view", "reshape", "transpose", "permute", "t", "T", "mT", "__get__", "to", "float", "half",
+    "bfloat16", "type_as", "__getitem__", "unsqueeze", "squeeze", "expand", "contiguous", "chunk",
+    "split", "unbind", "detach", "flatten", "narrow", "view_as", "expand_as", "movedim",
+}  # fmt: skip
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -70,17 +76,13 @@ def trace(model: nn.Module, example: Any = None) -> Trace:
     Raises:
         TraceError: there is no example, or the model fails on it.
     """
-    args, kwargs = _example(model, example)
+    args, kwargs = inputs_of(model, example)
     with _as_is(model):
-        try:
-            return _run(model, args, kwargs, fake=True)
-        except dynamo.DATA_DEPENDENT:
-            pass  # the model reads values of tensors: only a real run has them
-        except Exception as error:
-            raise TraceError(
-                f"{type(model).__name__} fails on its example: {error}",
-                remedy="pass an example that the model takes: example={name: tensor, …}",
-            ) from error
+        with dynamo.quiet_fakes():
+            try:
+                return _run(model, args, kwargs, fake=True)
+            except Exception as error:  # it reads values, or has an op without a fake kernel
+                logger.debug("the run on fake tensors failed, now on real ones: %s", error)
         try:
             return _run(model, args, kwargs, fake=False)
         except Exception as error:
@@ -107,7 +109,8 @@ def _run(model: nn.Module, args: Any, kwargs: Any, fake: bool) -> Trace:
     return recorder.trace
 
 
-def _example(model: nn.Module, example: Any) -> Example:
+def inputs_of(model: nn.Module, example: Any) -> Example:
+    """Positional and keyword inputs of an example in any of its forms."""
     if example is None:
         example = _dummy(model)
     if isinstance(example, Mapping):
@@ -235,17 +238,17 @@ class _Recorder(TorchFunctionMode):
         index = len(self.trace.ops)
         module = self.stack[-1] if self.stack else ""
         flows = tuple(self.made[id(t)] for t in tensors if id(t) in self.made)
-        if read and not flows and all(t.is_floating_point() for t in results):
-            # a view or cast of parameters: whoever computes with it reads them
+        name = getattr(func, "__name__", None) or resolve_name(func) or "?"
+        if read and not flows and name in VIEWS:
+            # a view or cast of a parameter: whoever computes with it reads that
             for t in results:
                 self.derived[id(t)] = tuple(dict.fromkeys(read))
                 self.alive.append(t)
-            for name in read:
-                self.trace.users.setdefault(name, set()).add(module)
+            for parameter in read:
+                self.trace.users.setdefault(parameter, set()).add(module)
             return out
-        for name in read:
-            self.trace.users.setdefault(name, set()).add(module)
-        name = getattr(func, "__name__", None) or resolve_name(func) or "?"
+        for parameter in read:
+            self.trace.users.setdefault(parameter, set()).add(module)
         constants = tuple(a for a in args if isinstance(a, (int, float, str, slice, tuple)))
         self.trace.ops[index] = Op(
             index=index,

@@ -252,6 +252,8 @@ def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     if any(t is not None and t.requires_grad for t in (*weights, *biases, *lora_biases)):
         raise RuntimeError("peftfx::low_rank_linear_group gives gradients to x, A and B alone")
     ctx.count = len(weights)
+    # autograd takes a list of optional tensors for one leaf as soon as one of them is missing
+    ctx.leaves = [any(t is None for t in biases), any(t is None for t in lora_biases)]
     ctx.a_needs = any(t.requires_grad for t in a)
     ctx.b_needs = any(t.requires_grad for t in b)
     ctx.save_for_backward(x, output[1], *weights, *a, *b, *scales)
@@ -273,10 +275,10 @@ def _group_backward(ctx: Any, dys: list[Tensor | None], ds: Tensor | None) -> tu
     return (
         dx if mask[0] else None,
         none,
-        None,  # autograd takes a list of optional tensors for one leaf
+        None if ctx.leaves[0] else none,
         da if mask[1] else none,
         db if mask[2] else none,
-        None,
+        None if ctx.leaves[1] else none,
         none,
     )
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 import peftfx.kernels.low_rank_linear.op  # its ops, and philox's dropout
 from peftfx.errors import MergeError, PlanError, SpecError
-from peftfx.methods.method import Call, Method, Param
+from peftfx.methods.method import Acts, Call, Method, Param
 from peftfx.site import Site
 
 _CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -33,8 +33,8 @@ class LoRA(Method):
     """Low-rank adaptation of linears, embeddings and convolutions.
 
     Shapes, for a linear ``[N, K]``: A ``[R, K]``, B ``[N, R]``; an embedding ``[V, D]``: A
-    ``[R, V]``, B ``[D, R]``; a convolution ``[N, K/g, *k]``: A ``[R, K/g, *k]``, B
-    ``[N, R/g, 1, …]``. A starts as He et al.'s uniform noise and B as zeros (an embedding's A
+    ``[R, V]``, B ``[D, R]``; a convolution ``[N, K/g, *k]``: A ``[R, K, *k]`` over all channels,
+    B ``[N, R/g, 1, …]`` in the base's groups (as HF PEFT has it; with g > 1 there is no merge). A starts as He et al.'s uniform noise and B as zeros (an embedding's A
     as zeros and B as normal noise), so that the model starts as the base.
     """
 
@@ -72,6 +72,10 @@ class LoRA(Method):
             return "an embedding with max_norm rewrites its own weight"
         return reason
 
+    def acts_at(self, site: Site) -> Acts:
+        # what nn.MultiheadAttention projects is not among its inputs and outputs
+        return "weight" if site.kind == "attention" else "output"
+
     def params(self, site: Site) -> dict[str, Param]:
         groups = int(site.attrs.get("groups", 1))
         bound = min(site.in_features * math.prod(site.shape[2:]), site.out_features)
@@ -88,7 +92,7 @@ class LoRA(Method):
                 remedy=f"use a multiple of {groups}",
             )
         if site.kind.startswith("conv"):
-            a = (self.rank, *site.shape[1:])
+            a = (self.rank, site.in_features, *site.shape[2:])
             b = (site.out_features, self.rank // groups, *(1 for _ in site.shape[2:]))
         else:
             a, b = (self.rank, site.in_features), (site.out_features, self.rank)
@@ -123,7 +127,7 @@ class LoRA(Method):
                 x = torch.ops.peftfx.dropout(x, call.seed, self.dropout, call.site)
             s = conv(
                 x.to(y.dtype), a, None,
-                attrs["stride"], attrs["padding"], attrs["dilation"], attrs["groups"],
+                attrs["stride"], attrs["padding"], attrs["dilation"],
             )  # fmt: skip
             update = conv(s * scale, b, groups=attrs["groups"])
         if bias is not None:
@@ -136,10 +140,13 @@ class LoRA(Method):
         wide = torch.promote_types(p["A"].dtype, torch.float32)
         a, b, scale = p["A"].to(wide), p["B"].to(wide), p["scale"].to(wide)
         if site.kind.startswith("conv"):
-            groups = int(site.attrs["groups"])
-            a_ = a.reshape(groups, a.shape[0] // groups, -1)  # [g, R/g, K/g*k]
-            b_ = b.reshape(groups, b.shape[0] // groups, -1)  # [g, N/g, R/g]
-            return (b_ @ a_).reshape(site.shape) * scale
+            if int(site.attrs["groups"]) > 1:
+                raise MergeError(
+                    "A sees all channels and the grouped weight only its own: it has no merged form",
+                    site=site.name,
+                    remedy="keep the adapter unmerged",
+                )
+            return (b.flatten(1) @ a.flatten(1)).reshape(site.shape) * scale
         product = b @ a  # [N, K], an embedding's is [D, V]
         return (product.t() if site.kind in ("hf_conv1d", "embedding") else product) * scale
 
@@ -167,7 +174,7 @@ class LoRA(Method):
     ) -> tuple[Method, dict[str, Tensor]]:
         """Ranks are joined: ``Σ wᵢ sᵢ Bᵢ Aᵢ = [w₁s₁B₁ …]·[A₁; …]``."""
         groups = int(site.attrs.get("groups", 1))
-        a = _join([p["A"] for _, _, p in parts], groups, dim=0)
+        a = _join([p["A"] for _, _, p in parts], groups)  # rows of one group stay together
         b = torch.cat([p["B"] * (w * p["scale"]) for w, _, p in parts], dim=1)
         tensors = {"A": a, "B": b}
         biases = [p["bias"] * (w * p["scale"]) for w, _, p in parts if "bias" in p]
@@ -189,7 +196,6 @@ def _channels(v: Tensor, kind: str) -> Tensor:
     return v.view(-1, *(1 for _ in range(int(kind[4]))))  # conv2d: [N, 1, 1]
 
 
-def _join(parts: list[Tensor], groups: int, dim: int) -> Tensor:
-    """Joins along *dim* so that the rows of one group stay together."""
-    chunks = [t.chunk(groups, dim) for t in parts]
-    return torch.cat([chunk for group in zip(*chunks, strict=True) for chunk in group], dim)
+def _join(parts: list[Tensor], groups: int) -> Tensor:
+    chunks = [t.chunk(groups) for t in parts]
+    return torch.cat([chunk for group in zip(*chunks, strict=True) for chunk in group])

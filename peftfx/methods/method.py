@@ -83,6 +83,10 @@ class Method(ABC):
             return f"{self.name} acts at a module's weight, this is its {site.parameter}"
         return None
 
+    def acts_at(self, site: Site) -> Acts:
+        """Where the mark of *site* belongs, if nothing speaks against it."""
+        return self.acts
+
     def params(self, site: Site) -> dict[str, Param]:
         """Trainable tensors at *site*. Bounds are checked here, before anything is allocated."""
         return {}
@@ -135,7 +139,7 @@ class Method(ABC):
         """
         content: dict[str, Any] = {
             "method": self.name,
-            "acts": acts or self.acts,
+            "acts": acts or self.acts_at(site),
             "kind": site.kind,
             "names": [*self.params(site), *self.buffers(site), *self.reads],
         }

@@ -1,0 +1,168 @@
+"""Directories that are written whole or not at all.
+
+A save writes a new directory beside the old one, syncs it to disk and exchanges the two in one
+step. Killed at any moment, or on a full disk, it leaves the old version or the new one, never a
+mixture. What else the directory holds (a trainer's state, a README) goes into the new one by link.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peftfx.errors import SaveError
+
+_AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
+_NEW, _OLD = ".peftfx-new-", ".peftfx-old-"
+
+
+def write_directory(
+    directory: str | os.PathLike[str], files: Mapping[str, bytes], without: Sequence[str] = ()
+) -> None:
+    """Makes *directory* hold *files*; those that it had of these names are replaced together.
+
+    Args:
+        without: names of files of an older version that must not stay beside the new ones.
+
+    Raises:
+        SaveError: the directory cannot be written. What was there is still whole.
+    """
+    target = Path(os.path.abspath(directory))
+    if target.exists() and not target.is_dir():
+        raise SaveError("the path is a file", where=str(target), remedy="name a directory")
+    fresh: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        recover(target)
+        _sweep(target)
+        fresh = target.parent / f".{target.name}{_NEW}{os.getpid()}-{secrets.token_hex(4)}"
+        fresh.mkdir()
+        for name, data in files.items():
+            _write(fresh / name, data)
+        if target.is_dir():
+            _keep_others(target, fresh, {*files, *without})
+        _sync(fresh)
+        old = _put(fresh, target)
+        _sync(target.parent)
+    except OSError as error:
+        if fresh is not None:
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise SaveError(
+            f"the directory cannot be written: {error.strerror or error}",
+            where=str(target),
+            remedy="free space or choose another place; what was there before is whole",
+        ) from error
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(directory: str | os.PathLike[str]) -> None:
+    """Puts a version back that a killed save, on a system without an exchange, had moved aside."""
+    target = Path(os.path.abspath(directory))
+    if target.exists() or not target.parent.is_dir():
+        return
+    kept = sorted(target.parent.glob(f".{_escaped(target.name)}{_OLD}*"))
+    if kept:
+        with contextlib.suppress(FileNotFoundError):  # another process was faster
+            os.rename(kept[-1], target)
+
+
+def _escaped(name: str) -> str:
+    import glob
+
+    return glob.escape(name)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(directory: Path) -> None:
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _keep_others(target: Path, fresh: Path, ours: set[str]) -> None:
+    """Links what *target* holds beside *ours* into *fresh*."""
+    for entry in sorted(target.iterdir()):
+        if entry.name in ours:
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.copytree(entry, fresh / entry.name, copy_function=_link, symlinks=True)
+        else:
+            _link(entry, fresh / entry.name)
+
+
+def _link(source: str | Path, destination: str | Path) -> None:
+    try:
+        os.link(source, destination, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP):
+            raise
+        shutil.copy2(source, destination, follow_symlinks=False)
+
+
+def _put(fresh: Path, target: Path) -> Path | None:
+    """Puts *fresh* in the place of *target*; gives where the old version is now, if there was one."""
+    if not target.exists():
+        try:
+            _rename(fresh, target, _NOREPLACE)
+            return None
+        except FileExistsError:
+            pass  # another save came first: exchange with it
+    try:
+        _rename(fresh, target, _EXCHANGE)
+        return fresh
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
+    # no exchange here: between the two renames the old version is found by `recover`
+    old = target.parent / f".{target.name}{_OLD}{os.getpid()}-{secrets.token_hex(4)}"
+    os.rename(target, old)
+    os.rename(fresh, target)
+    return old
+
+
+def _rename(source: Path, target: Path, flag: int) -> None:
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if call is None:
+        if flag == _NOREPLACE and not target.exists():
+            os.rename(source, target)
+            return
+        raise OSError(errno.ENOSYS, "no renameat2")
+    if call(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), flag) != 0:
+        number = ctypes.get_errno()
+        if flag == _NOREPLACE and number in (errno.EINVAL, errno.ENOSYS):
+            os.rename(source, target)
+            return
+        raise OSError(number, os.strerror(number), str(target))
+
+
+def _sweep(target: Path) -> None:
+    """Removes what killed saves of this directory left; those of living processes stay."""
+    for entry in target.parent.glob(f".{_escaped(target.name)}{_NEW}*"):
+        pid = entry.name.rpartition(_NEW)[2].partition("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
