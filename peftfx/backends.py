@@ -15,13 +15,13 @@ import torch
 from torch import fx, nn
 
 from peftfx import dynamo, engine
-from peftfx.bind import Binding, bind, binding_of, prove, unwrap
+from peftfx.bind import Binding, bind, binding_of, check, prove, unwrap
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
 from peftfx.log import logger
 from peftfx.passes import PIPELINE
 from peftfx.registry import owner_of
 from peftfx.spec import Spec
-from peftfx.verify import check_bound, marks, provenance
+from peftfx.verify import marks, provenance
 
 Lower = Literal["auto", "inductor", "aot_eager", "eager"] | Callable[..., Any]
 LOWERS = ("auto", "inductor", "aot_eager", "eager")
@@ -68,7 +68,7 @@ class Backend:
         try:
             dynamo.keep_guarding_hooks()
             model, binding = self._bound(gm, inputs)
-            check_bound(model, binding)
+            check(model, binding)
             return self._compile(gm, inputs, model, binding, mode, dict(options or {}))
         except PeftfxError as error:
             raise dynamo.surface(error) from error.__cause__

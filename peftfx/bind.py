@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 ATTRIBUTE = "_peftfx"
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
+SURGERY = "release the model before changing its modules, and bind it again afterwards"
+
 Tensors = dict[str, Tensor]
 
 
@@ -179,21 +181,40 @@ def bind(
     place_all(model, binding, plan)
     install(model, binding, {adapter: 1.0})
     _hook_states(model)
-    if not binding.proven:
-        model.register_forward_pre_hook(_prove_first, with_kwargs=True)
+    model.register_forward_pre_hook(_before_root, with_kwargs=True)
     return binding
 
 
-def _prove_first(module: nn.Module, args: Any, kwargs: Any) -> None:
-    """Root pre-hook of a model that was bound without an example: its first inputs are one.
+def _before_root(module: nn.Module, args: Any, kwargs: Any) -> None:
+    """Root pre-hook: eager runs make the checks that the backend makes at every compile.
 
-    Under a compile the backend does the same.
+    The first inputs of a model that was bound without an example serve to prove its marks.
     """
     if torch.compiler.is_compiling():
         return
     binding = binding_of(module)
-    if binding is not None and not binding.proven:
+    if binding is None:
+        return
+    if not binding.proven:
         prove(module, binding, (args, kwargs))
+    check(module, binding)
+
+
+def check(model: nn.Module, binding: Binding) -> None:
+    """Raises :class:`NotAdaptedError` where a planned mark is gone."""
+    on = binding.enabled and not binding.merged
+    for placement, _ in binding.installed:
+        if placement.method.acts == "parameter":
+            continue
+        entry = entry_of(model, placement)
+        owner = model.get_submodule(placement.site.module)
+        if not mark.armed(owner, entry.acts):
+            reason = "the hook that carried the adapter is gone"
+        elif bool(entry.key) != on:
+            reason = "the adapter was switched behind peftfx's back"
+        else:
+            continue
+        raise NotAdaptedError(reason, site=placement.site.name, remedy=SURGERY)
 
 
 def _try_trace(model: nn.Module) -> Trace | None:
@@ -334,14 +355,16 @@ def restore(model: nn.Module, binding: Binding, names: tuple[str, ...]) -> nn.Pa
 
 def entry_of(model: nn.Module, placement: Placement) -> mark.Entry:
     """The slot entry of a placement."""
-    owner = model.get_submodule(placement.site.module)
-    slot = owner._modules.get(SLOT)
+    try:
+        slot = model.get_submodule(placement.site.module)._modules.get(SLOT)
+    except AttributeError:
+        slot = None
     entry = slot._modules.get(placement.method.name) if slot is not None else None
     if not isinstance(entry, mark.Entry):
         raise NotAdaptedError(
             "the module that carried the adapter here was replaced",
             site=placement.site.name,
-            remedy="release the model and bind it again, after all surgery on it",
+            remedy=SURGERY,
         )
     return entry
 
@@ -523,7 +546,7 @@ def release(model: nn.Module) -> nn.Module:
     for name, p in model.named_parameters():
         p.requires_grad_(binding.flags.get(name, p.requires_grad))
         disown(p)
-    for key in [k for k, f in model._forward_pre_hooks.items() if f is _prove_first]:
+    for key in [k for k, f in model._forward_pre_hooks.items() if f is _before_root]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     for key in [k for k, f in model._load_state_dict_pre_hooks.items() if _is(f, _keep_adapter)]:

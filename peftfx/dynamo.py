@@ -206,3 +206,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
     table: dict[Any, Callable[..., Any]] = select_decomp_table()
     return table
+
+
+def surely_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes, symbolic or not, are known to be equal; asks without guarding."""
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(a == b))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from peftfx import dynamo
 from peftfx.errors import GraphError, PeftfxError, SpecError, nearest
 from peftfx.log import logger
 
@@ -175,7 +176,7 @@ def _apply(one: Pass, gm: fx.GraphModule, context: Context) -> int:
             raise GraphError(f"pass {one.name} left an illegal graph: {error}") from error
         gm.recompile()
         after = _outputs(gm)
-        if before != after:
+        if not _same(before, after):
             raise GraphError(f"pass {one.name} changed the outputs from {before} to {after}")
     wrong = one.check(gm)
     if wrong is not None:
@@ -183,16 +184,25 @@ def _apply(one: Pass, gm: fx.GraphModule, context: Context) -> int:
     return count
 
 
-def _outputs(gm: fx.GraphModule) -> list[tuple[Any, ...]]:
-    found: list[tuple[Any, ...]] = []
-    for node in gm.graph.find_nodes(op="output"):
-        for arg in node.all_input_nodes:
-            value = arg.meta.get(VALUE)
-            if isinstance(value, Tensor):
-                found.append((tuple(map(str, value.shape)), value.dtype))
-            else:
-                found.append((type(value).__name__,))
-    return found
+def _outputs(gm: fx.GraphModule) -> list[Any]:
+    return [
+        arg.meta.get(VALUE)
+        for node in gm.graph.find_nodes(op="output")
+        for arg in node.all_input_nodes
+    ]
+
+
+def _same(before: list[Any], after: list[Any]) -> bool:
+    """Whether the outputs agree in number, dtype and shape; what is not known agrees."""
+    if len(before) != len(after):
+        return False
+    for a, b in zip(before, after, strict=True):
+        if isinstance(a, Tensor) and isinstance(b, Tensor):
+            if a.dtype != b.dtype or a.ndim != b.ndim:
+                return False
+            if not all(dynamo.surely_equal(m, n) for m, n in zip(a.shape, b.shape, strict=True)):
+                return False
+    return True
 
 
 def snapshot(gm: fx.GraphModule) -> str:

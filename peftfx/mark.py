@@ -311,3 +311,30 @@ torch.library.register_fake("peftfx::site", _fake, lib=_library)
 torch.library.register_autograd(
     "peftfx::site", _backward, setup_context=_setup_context, lib=_library
 )
+
+
+def _vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    y: Tensor | None,
+    x: Tensor,
+    tensors: list[Tensor],
+    seed: Tensor | None,
+    key: str,
+    training: bool,
+) -> tuple[Tensor, int]:
+    """Batching of the activations, for kinds that treat all leading axes alike."""
+    y_dim, x_dim, tensor_dims, seed_dim, *_ = in_dims
+    if decode(key).kind not in ("linear", "hf_conv1d", "embedding") or seed_dim is not None:
+        raise NotAdaptedError(f"vmap over {decode(key).kind} marks or their dropout")
+    if any(d is not None for d in tensor_dims or ()) or decode(key).acts != "output":
+        raise NotAdaptedError("vmap over the tensors of an adapter")
+    assert y is not None
+    moved = [
+        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
+        for t, d in ((y, y_dim), (x, x_dim))
+    ]
+    return torch.ops.peftfx.site(moved[0], moved[1], tensors, seed, key, training), 0
+
+
+torch.library.register_vmap("peftfx::site", _vmap, lib=_library)

@@ -1,4 +1,4 @@
-"""Checks that a bound model still carries every mark, made again at every compile."""
+"""What the backend asks about a graph: where its marks are and which rules they come from."""
 
 from __future__ import annotations
 
@@ -6,42 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from peftfx import mark
-from peftfx.bind import Binding, entry_of
-from peftfx.errors import NotAdaptedError
+from peftfx.bind import Binding
 from peftfx.registry import owner_of
 
 if TYPE_CHECKING:
     from peftfx.engine import Provenance
-
-SURGERY = "release the model before changing its modules, and bind it again afterwards"
-
-
-def check_bound(model: nn.Module, binding: Binding) -> None:
-    """Raises :class:`NotAdaptedError` where a planned mark is gone or a frozen parameter trains."""
-    for placement, method in binding.installed:
-        site = placement.site
-        try:
-            owner = model.get_submodule(site.module)
-        except AttributeError:
-            raise NotAdaptedError(
-                "the module is gone", site=site.name, remedy=SURGERY
-            ) from None
-        if placement.method.acts == "parameter":
-            continue
-        entry = entry_of(model, placement)
-        if not mark.armed(owner, entry.acts):
-            raise NotAdaptedError(
-                "the hook that carried the adapter is gone", site=site.name, remedy=SURGERY
-            )
-        if bool(entry.key) != (binding.enabled and not binding.merged):
-            raise NotAdaptedError(
-                "the adapter was switched behind peftfx's back", site=site.name, remedy=SURGERY
-            )
-        assert method is not None
-
 
 def marks(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """Every mark in *gm* and the graphs nested in it."""
