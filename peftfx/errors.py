@@ -35,7 +35,7 @@ class PeftfxError(Exception):
             text += f" [site {site}]"
         if remedy:
             text += f"\n  remedy: {remedy}"
-        super().__init__(text)
+        Exception.__init__(self, text)  # not super(): a surfacing error has another base beside
 
     def __reduce__(self) -> tuple[object, ...]:  # keyword arguments do not survive the default
         return _rebuild, (type(self), self.message, self.where, self.site, self.remedy)

@@ -1,0 +1,5 @@
+"""``python -m peftfx.cli``."""
+
+from peftfx.cli import main
+
+main()

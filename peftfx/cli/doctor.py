@@ -1,0 +1,75 @@
+"""``peftfx doctor``: what is installed, and whether adapters are safe here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from peftfx.cli import app, console
+
+TESTED = ("2.11", "2.13", "2.15")
+
+
+def report() -> dict[str, Any]:
+    """Versions, devices and problems of this installation."""
+    versions = {}
+    for name in ("peftfx", "torch", "transformers", "peft", "triton", "safetensors"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "-"
+    problems = []
+    if not versions["torch"].startswith(TESTED):
+        problems.append(f"torch {versions['torch']} is untested; tested: {', '.join(TESTED)}")
+    if shutil.which("g++") is None and not torch.cuda.is_available():
+        problems.append("no g++: Inductor cannot compile for the CPU; use lower='aot_eager'")
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "devices": devices or ["cpu"],
+        "problems": problems,
+    }
+
+
+@app.command()
+def doctor(
+    bypass: Annotated[bool, typer.Option(help="Try every way to lose an adapter.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show versions and problems; with --bypass, the table of ways to lose an adapter."""
+    if not bypass:
+        found = report()
+        if as_json:
+            print(json.dumps(found, indent=2))
+        else:
+            for name, version in found["versions"].items():
+                console.print(f"{name:14}{version}")
+            console.print(f"{'devices':14}{', '.join(found['devices'])}")
+            for problem in found["problems"]:
+                console.print(f"problem: {problem}", style="red")
+        raise typer.Exit(1 if found["problems"] else 0)
+    from peftfx.bypass import run
+
+    rows = list(run())
+    if as_json:
+        print(json.dumps([asdict(r) for r in rows], indent=2))
+    else:
+        table = Table("situation", "fullgraph", "verdict", "detail")
+        for row in rows:
+            style = "" if row.holds else "red"
+            table.add_row(
+                row.situation, str(row.fullgraph), row.verdict, row.detail[:80], style=style
+            )
+        console.print(table)
+        lost = sum(not r.holds for r in rows)
+        console.print(f"{len(rows)} runs, {lost} with the wrong result")
+    raise typer.Exit(0 if all(r.holds for r in rows) else 1)

@@ -1,0 +1,114 @@
+"""Commands that show and change nothing: plan, explain, check, methods, schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.table import Table
+
+from peftfx.cli import app, console
+from peftfx.errors import SpecError
+from peftfx.explaining import explain as explain_model
+from peftfx.explaining import plan as plan_model
+from peftfx.methods.method import lookup, names
+from peftfx.schema import schema as spec_schema
+from peftfx.spec import Spec
+
+SpecFile = Annotated[Path, typer.Argument(help="Spec file (YAML, TOML or JSON).")]
+Model = Annotated[
+    Path, typer.Option("--model", "-m", help="HF model directory; config.json is enough.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Auto = Annotated[str, typer.Option("--class", help="transformers class to build the model by.")]
+
+
+def build(directory: Path, auto: str) -> torch.nn.Module:
+    """The model of a directory's configuration, with random weights: shapes are what matters."""
+    import transformers
+
+    if not (directory / "config.json").is_file():
+        raise SpecError("there is no config.json", where=str(directory))
+    cls = getattr(transformers, auto, None)
+    if cls is None or not hasattr(cls, "from_config"):
+        raise SpecError(f"transformers has no auto class {auto!r}", remedy="e.g. AutoModel")
+    config = transformers.AutoConfig.from_pretrained(directory)
+    model: torch.nn.Module = cls.from_config(config)
+    return model.eval()
+
+
+@app.command()
+def plan(spec: SpecFile, model: Model, auto: Auto = "AutoModel", as_json: AsJson = False) -> None:
+    """Show which rule acts at which site, and how many parameters train."""
+    found = plan_model(build(model, auto), spec)
+    if as_json:
+        print(json.dumps({"trainable": found.trainable, "total": found.total,
+                          "placements": found.rows()}, indent=2))  # fmt: skip
+        return
+    table = Table("site", "kind", "role", "shape", "method", "parameters", "rule")
+    for row in found.rows():
+        table.add_row(
+            str(row["site"]), str(row["kind"]), " ".join(row["roles"]) or "-",  # type: ignore
+            "×".join(map(str, row["shape"])), str(row["method"]),  # type: ignore
+            f"{row['parameters']:,}", str(row["where"] or row["rule"]),
+        )  # fmt: skip
+    console.print(table)
+    console.print(str(found).splitlines()[1 + len(found.placements)])
+    for refusal in found.refusals:
+        console.print(f"not at {refusal.site.name}: {refusal.reason}", markup=False)
+
+
+@app.command()
+def explain(spec: SpecFile, model: Model, auto: Auto = "AutoModel") -> None:
+    """Compile the model once and show the graph after the passes, and what computes each op."""
+    print(explain_model(build(model, auto), spec))
+
+
+@app.command()
+def check(
+    spec: SpecFile,
+    model: Annotated[Path | None, typer.Option("--model", "-m")] = None,
+    auto: Auto = "AutoModel",
+) -> None:
+    """Check a spec by itself, and against a model if one is given."""
+    loaded = Spec.load(spec)
+    console.print(f"{spec}: {len(loaded.rules)} rules, well-formed")
+    if model is not None:
+        found = plan_model(build(model, auto), loaded)
+        console.print(f"{len(found.placements)} placements, {found.trainable:,} trainable values")
+
+
+@app.command()
+def methods(as_json: AsJson = False) -> None:
+    """List the methods and their options."""
+    content: dict[str, Any] = {}
+    for name in names():
+        method = lookup(name)
+        content[name] = {
+            "about": (method.__doc__ or "").strip().splitlines()[0],
+            "paper": method.paper,
+            "acts": method.acts,
+            "kinds": list(method.kinds),
+            "options": {
+                f.name: {"default": f.default, "about": f.metadata.get("doc", "")}
+                for f in dataclasses.fields(method)
+            },
+        }
+    if as_json:
+        print(json.dumps(content, indent=2))
+        return
+    table = Table("method", "acts at", "about", "options")
+    for name, about in content.items():
+        options = ", ".join(f"{o}={v['default']}" for o, v in about["options"].items())
+        table.add_row(name, about["acts"], about["about"], options)
+    console.print(table)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of spec files, for editors."""
+    print(json.dumps(spec_schema(), indent=2))

@@ -1,0 +1,1 @@
+"""Training on HF models: the Trainer's handle for adapters, and jobs from files."""

@@ -1,0 +1,37 @@
+"""``transformers.Trainer`` for adapted models.
+
+Checkpoints hold only the adapter (``save_pretrained`` of a bound model writes nothing else); this
+handle loads them back when training resumes or the best model is restored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from torch import nn
+
+from peftfx.bind import bound
+from peftfx.checkpoint import load
+
+
+class Trainer(transformers.Trainer):
+    """A ``transformers.Trainer`` whose checkpoints are adapters. The model has to be adapted."""
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        bound(model)
+        super().__init__(model, *args, **kwargs)
+
+    def _load_from_checkpoint(
+        self, resume_from_checkpoint: str, model: nn.Module | None = None
+    ) -> None:
+        _load(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        _load(self.model, str(self.state.best_model_checkpoint))
+
+
+def _load(model: nn.Module, directory: str) -> None:
+    _, binding = bound(model)
+    for name in binding.active:
+        load(model, directory, adapter=name)

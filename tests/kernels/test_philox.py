@@ -1,0 +1,62 @@
+"""The random numbers: known answers, Triton's own sequence, and what masks promise."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from peftfx.kernels.philox.op import keep_mask, philox, uniform
+
+CPU = torch.device("cpu")
+
+
+def words(*values: int) -> tuple[torch.Tensor, ...]:
+    return tuple(torch.tensor(v, dtype=torch.int64) for v in values)
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # the vectors that Salmon et al. publish for philox4x32-10
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_known_answers(
+    counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]
+) -> None:
+    found = philox(words(*key), words(*counter))  # type: ignore[arg-type]
+    assert tuple(int(w) for w in found) == expected
+
+
+@pytest.mark.parametrize("seed", [0, 7, 123456789012345, 2**62 - 1])
+def test_equal_to_triton(seed: int) -> None:
+    triton = pytest.importorskip("triton")
+    from tests.kernels.triton_rand import draw
+
+    assert triton
+    assert torch.equal(draw(seed, 128), uniform(torch.tensor(seed), 0, (128,), CPU))
+
+
+@given(st.integers(0, 2**62), st.integers(0, 300), st.floats(0.05, 0.9))
+def test_mask(seed: int, site: int, p: float) -> None:
+    mask = keep_mask(torch.tensor(seed), site, (40, 50), p, CPU)
+    assert abs(float(mask.float().mean()) - (1 - p)) < 0.06
+    assert torch.equal(mask, keep_mask(torch.tensor(seed), site, (2000,), p, CPU).view(40, 50))
+    assert not torch.equal(mask, keep_mask(torch.tensor(seed), site + 1, (40, 50), p, CPU))
+
+
+def test_op_masks_its_gradient_alike() -> None:
+    x = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    seed = torch.tensor(3)
+    y = torch.ops.peftfx.dropout(x, seed, 0.4, 2)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad != 0, y != 0)
+    assert torch.autograd.gradcheck(lambda t: torch.ops.peftfx.dropout(t, seed, 0.4, 2), (x,))
+    torch.library.opcheck(torch.ops.peftfx.dropout.default, (x, seed, 0.4, 2))
