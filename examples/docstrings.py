@@ -54,7 +54,7 @@ def mask(text: str, names: tuple[str, ...]) -> str:
     return re.sub(r"\s+", " ", text).strip()[:600]
 
 
-def build(directory: Path, train: int = 480, test: int = 128) -> dict[str, int]:
+def build(directory: Path, train: int = 416, test: int = 96) -> dict[str, int]:
     """Writes ``train.csv`` and ``test.csv``; gives the number of texts in each."""
     directory.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}

@@ -6,6 +6,7 @@ by its definition, so that the inner compiler fuses what it can.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,30 @@ class Definition:
         return {**low_rank.DEFINITIONS, "dropout": philox.dropout}[op](*args)
 
 
+@dataclass(frozen=True)
+class InductorRandom:
+    """Masks by Inductor's own generator, which is the same Philox, inside the fused loop.
+
+    Written out, ten rounds of integer arithmetic would be inlined again and again.
+    """
+
+    name: str = "inductor's random"
+    ops: tuple[str, ...] = ("dropout",)
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        numel = args[0].numel()
+        if not isinstance(numel, int):
+            numel = numel.node.hint or 0
+        return None if numel < 2**31 else "an index has more than 31 bits"
+
+    def emit(self, op: str, *args: Any) -> Any:
+        x, seed, p, site = args
+        numbers = dynamo.inductor_random(list(x.shape), philox.stream(seed, site))
+        return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
+
+
 CLAIMS: list[Claim] = [Definition()]
+INDUCTOR_CLAIMS: list[Claim] = [InductorRandom(), *CLAIMS]
 
 
 @dataclass(frozen=True)
@@ -79,9 +103,8 @@ class LowerPass:
 
     def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
         graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
-        for node in list(graph.nodes):
-            name = _op_name(node)
-            if name is not None:
+        while found := [(n, name) for n in graph.nodes if (name := _op_name(n)) is not None]:
+            for node, name in found:  # forms may use ops of ours: another round lowers those
                 self._lower(graph, node, name)
         graph.lint()
 
@@ -133,7 +156,9 @@ def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) 
         given = iter(tensors)
         return form(*fx.node.map_arg(node.args, lambda _: next(given)))
 
-    traced = make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values)
+    mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
+    with mode or contextlib.nullcontext():  # what a form makes itself is fake too
+        traced = make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values)
     mapping: dict[fx.Node, Any] = {}
     inputs = iter(flat)
     with graph.inserting_before(node):

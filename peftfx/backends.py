@@ -148,11 +148,11 @@ class Backend:
             return compiled
         if self.lower == "eager":
             return gm.forward
-        from peftfx.passes.lower import LowerPass
+        from peftfx.passes.lower import CLAIMS, INDUCTOR_CLAIMS, LowerPass
 
-        lower = LowerPass(choices=report.choices)
         if self.lower == "aot_eager":
-            return dynamo.compile_aot(gm, inputs, lower)
+            return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices))
+        lower = LowerPass(INDUCTOR_CLAIMS, report.choices)
         return dynamo.compile_inductor(gm, inputs, lower, mode, options)
 
 

@@ -63,6 +63,7 @@ class Binding:
     aside: dict[str, nn.Parameter] = field(default_factory=dict)  # trained values while disabled
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)  # originals while merged
     enabled: bool = True
+    fixed: bool = False  # the graph has its adapter built in: nothing can be switched
 
     @property
     def merged(self) -> bool:
@@ -424,9 +425,19 @@ def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) ->
             own(frozen, model, None)
 
 
+def refuse_fixed(binding: Binding) -> None:
+    """Raises :class:`BindError` where the adapter is built into a rewritten graph."""
+    if binding.fixed:
+        raise BindError(
+            "this graph has its adapter built in: it cannot be switched, mixed or merged",
+            remedy="do so on the model, and rewrite it again",
+        )
+
+
 def set_keys(model: nn.Module, binding: Binding) -> None:
     """Switches the marks of the active adapters on or off, as the binding says."""
     on = binding.enabled and not binding.merged
+    refuse_fixed(binding)
     for p, method in binding.installed:
         if p.method.acts != "parameter":
             entry_of(model, p).key = _key(binding, p, method) if on else ""
@@ -492,9 +503,28 @@ def tensors_of(model: nn.Module, binding: Binding, name: str) -> list[Tensors]:
 
 
 def _quiet_hf(model: nn.Module) -> None:
-    """Removes the hook by which HF makes embeddings require grad: it breaks graphs, marks don't."""
+    """Makes HF's ``gradient_checkpointing_enable`` fit for graphs.
+
+    It hooks ``requires_grad_`` onto the embeddings' output, which breaks graphs. Compiled marks
+    need no such hook; eager reentrant checkpoints do, so the hook stays for them alone.
+    """
+    if not hasattr(model, "enable_input_require_grads"):
+        return
     if getattr(model, "_require_grads_hook", None) is not None:
         model.disable_input_require_grads()  # type: ignore[operator]
+        _require_input_grads(model)
+    model.__dict__["enable_input_require_grads"] = functools.partial(_require_input_grads, model)
+
+
+def _require_input_grads(model: nn.Module) -> None:
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    model._require_grads_hook = embeddings.register_forward_hook(_require_grad)
+    model._require_grads_hooks = [model._require_grads_hook]
+
+
+def _require_grad(module: nn.Module, args: Any, out: Tensor) -> None:
+    if not torch.compiler.is_compiling():
+        out.requires_grad_(True)
 
 
 def _hook_states(model: nn.Module) -> None:
@@ -534,6 +564,7 @@ def release(model: nn.Module) -> nn.Module:
         BindError: the model is not bound.
     """
     model, binding = bound(model)
+    refuse_fixed(binding)
     for name, original in binding.unmerged.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = original
@@ -551,7 +582,8 @@ def release(model: nn.Module) -> nn.Module:
         model._forward_pre_hooks_with_kwargs.pop(key, None)
     for key in [k for k, f in model._load_state_dict_pre_hooks.items() if _is(f, _keep_adapter)]:
         del model._load_state_dict_pre_hooks[key]
-    model.__dict__.pop("save_pretrained", None)
+    for name in ("save_pretrained", "enable_input_require_grads"):
+        model.__dict__.pop(name, None)
     del model.__dict__[ATTRIBUTE]
     return model
 

@@ -213,3 +213,10 @@ def surely_equal(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
+
+
+def inductor_random(size: list[Any], key: Any) -> Any:
+    """Inductor's generator, ``tl.rand(key, index)`` on every device; for its graphs alone."""
+    from torch._inductor import inductor_prims
+
+    return inductor_prims.random(size, key, "rand")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfx.bind import Binding, bound, entry_of, parameter, set_keys
+from peftfx.bind import Binding, bound, entry_of, parameter, refuse_fixed, set_keys
 from peftfx.errors import BindError, MergeError
 from peftfx.methods.method import Method
 from peftfx.plans import Placement
@@ -25,6 +25,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
         MergeError: a method without a merge rule, or a tied weight. Nothing is changed then.
     """
     plain, binding = bound(model)
+    refuse_fixed(binding)
     if binding.merged:
         return model
     if not binding.enabled:

@@ -22,11 +22,11 @@ from peftfx.bind import (
     bound,
     check_name,
     create,
-    entry_of,
     forms,
     install,
     make_plan,
     place_all,
+    refuse_fixed,
     restore,
     set_keys,
     swap,
@@ -63,6 +63,7 @@ def add(
     """
     check_name(adapter)
     model, binding = bound(model)
+    refuse_fixed(binding)
     if adapter in binding.adapters:
         raise AdapterError(
             f"there is an adapter {adapter!r} already", remedy="remove it, or use another name"
@@ -139,6 +140,7 @@ def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
         MergeError: the model is merged, or a method's adapters cannot be mixed.
     """
     model, binding = bound(model)
+    refuse_fixed(binding)
     if binding.merged:
         raise MergeError("the model is merged", remedy="call peftfx.unmerge(model) first")
     if not binding.enabled:
@@ -156,6 +158,7 @@ def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
 def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Inside the block, *model* is the base: marks are off, trained parameters put aside."""
     inner, binding = bound(model)
+    refuse_fixed(binding)
     if binding.merged:
         raise MergeError("the model is merged", remedy="call peftfx.unmerge(model) first")
     if not binding.enabled:
@@ -227,16 +230,3 @@ def parameter_groups(
             groups.append(group)
     return groups
 
-
-__all__ = [
-    "activate",
-    "add",
-    "adapters",
-    "disabled",
-    "entry_of",
-    "is_adapted",
-    "named_parameters",
-    "parameter_groups",
-    "parameters",
-    "remove",
-]

@@ -82,7 +82,7 @@ class Selector:
             and (not self.kind or site.kind in self.kind)
             and (self.layers is None or site.layer in self._indexes(layer_count))
             and (not self.stack or site.stack in self.stack)
-            and not (self.except_ and _named(self.except_, site, within=True))
+            and not (self.except_ and _excluded(self.except_, site))
         )
 
     def _indexes(self, count: int) -> range | tuple[int, ...]:
@@ -137,16 +137,27 @@ def _layers(value: Any) -> str | int | tuple[int, ...] | None:
 def _named(globs: tuple[str, ...], site: Site, within: bool) -> bool:
     """Whether a glob matches one of the site's names.
 
-    Tried are parameter names and their modules; *within*, all modules around them too.
+    Tried are parameter names and their modules, under every path of the module. *within*, for
+    methods that act on the tensor itself: also the names it is tied to, and all modules around.
     """
     tried: set[str] = set()
-    for name in (site.name, *site.aliases):
+    same = [f"{path}.{site.parameter}" for path in site.paths]
+    for name in (site.name, *(site.aliases if within else same)):
         module = name.rpartition(".")[0]
         tried |= {name, module}
         while within and module:
             module = module.rpartition(".")[0]
             tried.add(module)
     tried.discard("")
+    return any(glob_matches(g, n) for g in globs for n in tried)
+
+
+def _excluded(globs: tuple[str, ...], site: Site) -> bool:
+    """Whether a glob matches the site or a module around it; a tied other name does not count."""
+    path, tried = site.module, {site.name}
+    while path:
+        tried.add(path)
+        path = path.rpartition(".")[0]
     return any(glob_matches(g, n) for g in globs for n in tried)
 
 

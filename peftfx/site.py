@@ -38,6 +38,7 @@ class Site:
     dtype: torch.dtype = torch.float32
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     aliases: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()  # other paths of the very same module
     roles: frozenset[str] = frozenset()
     layer: int | None = None
     layers: int | None = None  # how many blocks its stack has
@@ -140,6 +141,9 @@ def sites(model: nn.Module) -> Iterator[Site]:
     for name, p in model.named_parameters(remove_duplicate=False):
         if SLOT not in name.split("."):
             names.setdefault(id(p), []).append(name)
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
     for path, module in model.named_modules():  # a module under two names comes once
         if SLOT in path.split("."):
             continue
@@ -156,6 +160,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 dtype=p.dtype,
                 attrs=attrs_of(module, kind),
                 aliases=tuple(n for n in names[id(p)] if n != name),
+                paths=tuple(q for q in paths[id(module)] if q != path),
                 **_block_of(model, path),
                 trainable=p.requires_grad,
             )

@@ -102,6 +102,8 @@ def _yaml(text: str, file: str, lines: dict[Path_, int]) -> Any:
             ):
                 raise SpecError("a spec is one document", where=f"{file}:{line}")
             events.append(event)
+    except SpecError:
+        raise
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{file}:{mark.line + 1 if mark else 1}"
@@ -185,11 +187,11 @@ def _json(text: str, file: str, lines: dict[Path_, int]) -> Any:
         values = json.loads(text, object_pairs_hook=pairs, parse_constant=constant)
     except json.JSONDecodeError as error:
         raise SpecError(f"not JSON: {error.msg}", where=f"{file}:{error.lineno}") from None
-    except (RecursionError, ValueError) as error:
-        raise SpecError(f"not JSON: {error}", where=file) from None
     except SpecError:
         _yaml(text.replace("\t", "  "), file, lines)  # raises the same with the line
         raise
+    except (RecursionError, ValueError) as error:
+        raise SpecError(f"not JSON: {error}", where=file) from None
     _yaml(text.replace("\t", "  "), file, lines)  # JSON is YAML: this finds the lines
     return values
 

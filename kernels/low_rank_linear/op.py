@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx.kernels.philox.op import dropout
+import peftfx.kernels.philox.op  # the op peftfx::dropout
 
+assert peftfx.kernels.philox.op
 _library = torch.library.Library("peftfx", "FRAGMENT")
 _LOW_RANK = "Tensor A, Tensor B, Tensor? lora_bias, Tensor scale, Tensor? seed, float p, int site"
 SCHEMAS = {
@@ -42,7 +43,7 @@ for _name, _schema in SCHEMAS.items():
 
 def dropped(x: Tensor, seed: Tensor | None, p: float, site: int) -> Tensor:
     """x with dropout's mask and scale; x itself where there is no seed."""
-    return x if seed is None else dropout(x, seed, p, site)
+    return x if seed is None else torch.ops.peftfx.dropout(x, seed, p, site)
 
 
 def low_rank_add(

@@ -38,22 +38,25 @@ def philox(
     return c0, c1, c2, c3
 
 
+def stream(seed: Tensor, site: int) -> Tensor:
+    """The 31-bit key of a site's own stream; int64, shape ``[]``."""
+    return (seed + site * _WEYL[0]) & 0x7FFFFFFF
+
+
 def uniform(seed: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
-    """Uniform fp32 numbers in [0, 1) of *shape*, indexed in row-major order.
+    """Uniform fp32 numbers in [0, 1) of *shape*: ``tl.rand(stream(seed, site), row-major index)``.
 
     Args:
         seed: int64, shape ``[]``.
-        site: keeps apart the places that share a seed. ``tl.rand`` has it 0.
+        site: keeps apart the places that share a seed.
     """
     count = 1
     for size in shape:
         count = count * size
     index = torch.arange(count, dtype=torch.int64, device=device)
-    seed = seed.to(device)
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    word, _, _, _ = philox(
-        (seed & _MASK, (seed >> 32) & _MASK), (index & _MASK, index >> 32, zero + site, zero)
-    )
+    key = (stream(seed.to(device), site), zero)
+    word, _, _, _ = philox(key, (index & _MASK, index >> 32, zero, zero))
     signed = torch.where(word >= 2**31, 2**32 - 1 - word, word)  # x < 0 ? -x - 1 : x
     return (signed.to(torch.float32) * _SCALE).reshape(list(shape))
 

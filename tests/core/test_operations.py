@@ -259,7 +259,7 @@ def test_never_called_modules() -> None:
     model = copy.deepcopy(base)
     spec = {"rules": [{"method": "lora", "name": "*.dt_proj", "rank": 2}]}
     peftfx.adapt(model, spec, lower="aot_eager", fullgraph=True)
-    fill(peftfx.parameters(model))
+    fill(peftfx.parameters(model), scale=2.0)
     out = output(model, x)
     assert relative(out, output(base, x)) > 1e-3  # read functionally, adapted all the same
     peftfx.merge(model)
@@ -270,9 +270,9 @@ def test_copies_carry_their_own_adapter() -> None:
     model, x = adapted()
     before = output(model, x)
     for clone in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(output(clone, x), before)
+        assert relative(output(clone, x), before) < 1e-5
         fill(peftfx.parameters(clone), 9)
-        assert relative(output(clone, x), before) > 1e-3
+        assert relative(output(clone, x), before) > 1e-2
         assert torch.equal(output(model, x), before)
 
 
@@ -350,6 +350,7 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         peftfx.adapt(model, {"rules": [rule]}, lower="aot_eager", fullgraph=True)
         fill(peftfx.parameters(model))
         if checkpointing:
+            model.config.use_cache = False  # or HF warns, and that breaks the graph
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore
         model.train()
         output(model, x).square().mean().backward()

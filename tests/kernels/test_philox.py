@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from peftfx.kernels.philox.op import keep_mask, philox, uniform
+from peftfx.kernels.philox.op import keep_mask, philox, stream, uniform
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,32 @@ def test_equal_to_triton(seed: int) -> None:
     from tests.kernels.triton_rand import draw
 
     assert triton
-    assert torch.equal(draw(seed, 128), uniform(torch.tensor(seed), 0, (128,), CPU))
+    for site in (0, 5):
+        key = int(stream(torch.tensor(seed), site))
+        assert torch.equal(draw(key, 128), uniform(torch.tensor(seed), site, (128,), CPU))
+
+
+def test_inductors_masks() -> None:
+    """Inductor's CPU generator folds the sign in another way: other masks, the same promises."""
+    from peftfx.dynamo import compile_inductor
+    from peftfx.passes.lower import INDUCTOR_CLAIMS, LowerPass
+
+    x, seed = torch.randn(64, 70, requires_grad=True), torch.tensor(123456789012345)
+    lower = LowerPass(INDUCTOR_CLAIMS)
+
+    def run(x: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+        return torch.ops.peftfx.dropout(x, seed, 0.4, 3)
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        return compile_inductor(gm, inputs, lower, None, None)
+
+    compiled = torch.compile(run, backend=backend)
+    out = compiled(x, seed)
+    (grad,) = torch.autograd.grad(out.sum(), x)
+    assert torch.equal(grad != 0, out != 0)  # the backward regenerates the forward's mask
+    assert torch.equal(out, compiled(x, seed)) and not torch.equal(out, compiled(x, seed + 1))
+    assert abs(float((out != 0).float().mean()) - 0.6) < 0.03
+    assert {c.claim for c in lower.choices} == {"inductor's random"}
 
 
 @given(st.integers(0, 2**62), st.integers(0, 300), st.floats(0.05, 0.9))

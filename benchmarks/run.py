@@ -1,0 +1,248 @@
+"""One command, one table: ``python -m benchmarks.run --device auto``.
+
+A train step of a six-layer Llama with LoRA on all linears, against HF PEFT (eager and compiled) and
+against the frozen base alone; the time to the first step; what binding costs; what a mark costs.
+Variants are interleaved and medians compared, in one process; nothing is timed whose gradients were
+not compared with PEFT's first. Results go to ``benchmarks/results/<device>/``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.backends import Backend
+
+RESULTS = Path(__file__).parent / "results"
+RANK = 16
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SPEC: dict[str, Any] = {
+    "rules": [{"method": "lora", "name": [f"*.{t}" for t in TARGETS], "rank": RANK}]
+}
+Step = Callable[[], Tensor]
+
+
+def llama(dtype: torch.dtype, device: str, layers: int = 6) -> nn.Module:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=2048, hidden_size=768, intermediate_size=2048, num_hidden_layers=layers,
+        num_attention_heads=12, num_key_value_heads=12, use_cache=False,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    return transformers.LlamaForCausalLM(config).to(device, dtype)
+
+
+def stepper(model: nn.Module, ids: Tensor) -> Step:
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step() -> Tensor:
+        loss: Tensor = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.detach()
+
+    return step
+
+
+def variants(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    """Models to compare, each with whether ``torch.compile`` is still to be called on it."""
+    config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS)
+    ours = copy.deepcopy(base)
+    peftfx.adapt(ours, SPEC)
+    frozen = copy.deepcopy(base)
+    for name, p in frozen.named_parameters():
+        p.requires_grad_(name == "model.layers.0.input_layernorm.weight")
+    return {
+        "peft": (peft.get_peft_model(copy.deepcopy(base), config), False),
+        "peft + compile": (peft.get_peft_model(copy.deepcopy(base), config), True),
+        "peftfx": (ours, False),
+        "frozen-only": (frozen, True),
+    }
+
+
+def same_start(models: dict[str, tuple[nn.Module, bool]]) -> None:
+    """Gives PEFT's models the tensors of ours."""
+    tensors = {n.partition(":")[0].removesuffix(".weight") + n.rpartition(".")[2]: p
+               for n, p in peftfx.named_parameters(models["peftfx"][0])}  # fmt: skip
+    with torch.no_grad():
+        for p in tensors.values():
+            if p.abs().max() == 0:
+                p.normal_(std=0.02)
+        for name in ("peft", "peft + compile"):
+            for key, p in models[name][0].named_parameters():
+                if "lora_" in key:
+                    path, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
+                    p.copy_(tensors[path + rest[0]])
+
+
+def gate(models: dict[str, tuple[nn.Module, bool]], ids: Tensor, dtype: torch.dtype) -> float:
+    """Largest difference of gradients from PEFT's, relative; raises where it is too large."""
+    found = []
+    for name in ("peft", "peftfx"):
+        model = models[name][0]
+        model(input_ids=ids, labels=ids).loss.backward()
+        grads = sorted(
+            (p.grad.float().norm() for p in model.parameters() if p.grad is not None), key=float
+        )
+        found.append(torch.stack(grads))
+        model.zero_grad(set_to_none=True)
+    worst = float(((found[0] - found[1]).abs() / found[0].max()).max())
+    bound = 1e-4 if dtype == torch.float32 else 3e-2
+    if not worst <= bound:
+        raise SystemExit(f"gradients differ from PEFT's by {worst:.2g}: nothing is timed")
+    return worst
+
+
+def train_steps(dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
+    base = llama(dtype, device)
+    ids = torch.randint(0, 2048, (4, 128), device=device)
+    models = variants(base)
+    same_start(models)
+    torch._dynamo.reset()
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    for name, (model, compiles) in models.items():
+        target = torch.compile(model) if compiles else model
+        steps[name] = stepper(target, ids)
+        start = time.perf_counter()
+        steps[name]()
+        first[name] = time.perf_counter() - start
+    difference = gate_on_copies(base, ids, dtype)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - start)
+    median = {name: statistics.median(t) for name, t in times.items()}
+    return {
+        "dtype": str(dtype).removeprefix("torch."),
+        "milliseconds": {n: round(1e3 * m, 2) for n, m in median.items()},
+        "over_frozen_only": {n: round(m / median["frozen-only"], 3) for n, m in median.items()},
+        "peft_over_ours": round(median["peft"] / median["peftfx"], 3),
+        "peft_compiled_over_ours": round(median["peft + compile"] / median["peftfx"], 3),
+        "first_step_seconds": {n: round(t, 2) for n, t in first.items()},
+        "gradient_difference": difference,
+    }
+
+
+def gate_on_copies(base: nn.Module, ids: Tensor, dtype: torch.dtype) -> float:
+    models = variants(base)
+    same_start(models)
+    return gate(models, ids, dtype)
+
+
+def binding(count: int = 1000) -> float:
+    """Seconds to bind *count* linears by name, without a trace."""
+    model = nn.Sequential(*(nn.Linear(16, 16) for _ in range(count)))
+    backend = Backend({"rules": [{"method": "lora", "name": "*", "rank": 2}]}, "eager")
+    start = time.perf_counter()
+    backend.bind(model)
+    return time.perf_counter() - start
+
+
+def mark_cost(sites: int = 200, rounds: int = 300) -> float:
+    """Microseconds that a mark adds to a compiled call, guards included."""
+    x = torch.randn(1, 8)
+
+    def medians(adapts: bool) -> float:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(sites))).requires_grad_(False)
+
+        def nothing(gm: Any, inputs: Any) -> Any:
+            return lambda *args: (x,)  # the graph is not run: what is left is the call itself
+
+        if adapts:
+            spec = {"rules": [{"method": "lora", "name": "*", "rank": 2}]}
+            backend: Any = Backend(spec, nothing)
+            backend.bind(model, (x,))
+        else:
+            backend = nothing
+        compiled = torch.compile(model, backend=backend)
+        compiled(x)
+        times = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            compiled(x)
+            times.append(time.perf_counter() - start)
+        return statistics.median(times)
+
+    return 1e6 * (medians(True) - medians(False)) / sites
+
+
+def describe(device: str) -> dict[str, str]:
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
+    ).stdout.strip()
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU"
+    return {
+        "device": name, "threads": str(torch.get_num_threads()), "commit": commit,
+        "torch": torch.__version__, "peft": peft.__version__,
+        "transformers": transformers.__version__, "python": platform.python_version(),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--rounds", type=int, default=15)
+    arguments = parser.parse_args()
+    device = arguments.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    result: dict[str, Any] = describe(device)
+    result["bind_1000_linears_seconds"] = round(binding(), 3)
+    result["mark_microseconds"] = round(mark_cost(), 2)
+    result["shape"] = "Llama, 6 layers, hidden 768, 4×128 tokens, rank 16 on all linears"
+    result["train_step"] = [
+        train_steps(dtype, device, arguments.rounds) for dtype in (torch.float32, torch.bfloat16)
+    ]
+    directory = RESULTS / device
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "train_step.json").write_text(json.dumps(result, indent=2) + "\n")
+    print(table(result))
+
+
+def table(result: dict[str, Any]) -> str:
+    """The results as a table in Markdown."""
+    lines = [
+        f"{result['device']}, {result['threads']} threads, torch {result['torch']}, "
+        f"peft {result['peft']}, commit {result['commit']}. {result['shape']}.",
+        "",
+        "| dtype | variant | step, ms | / frozen-only | first step, s |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["train_step"]:
+        for name, value in row["milliseconds"].items():
+            lines.append(
+                f"| {row['dtype']} | {name} | {value} | {row['over_frozen_only'][name]} "
+                f"| {row['first_step_seconds'][name]} |"
+            )
+    lines += [
+        "",
+        f"Binding 1,000 linears by name: {result['bind_1000_linears_seconds']} s. "
+        f"A mark: {result['mark_microseconds']} µs per call, guards included.",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""The passes without ``torch.compile``: on a ``torch.fx`` graph module or an exported program."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from peftfx import engine
+from peftfx.bind import bind, entry_of
+from peftfx.errors import BindError
+from peftfx.passes import PIPELINE
+from peftfx.site import SLOT, attrs_of, kind_of
+from peftfx.spec import Spec
+
+CONVS = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+
+
+def rewrite(
+    target: fx.GraphModule | ExportedProgram,
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    adapter: str = "default",
+) -> fx.GraphModule:
+    """A graph module with the adapter's nodes built in; *target* is left as it is.
+
+    Its trainable parameters are exactly the plan's, and ``peftfx.save`` works on it. What switches
+    adapters does not: the graph is fixed.
+
+    Raises:
+        BindError: a site that the graph does not call as a module or a plain op.
+    """
+    spec = Spec.of(spec)
+    if isinstance(target, ExportedProgram):
+        gm = target.module()
+        assert isinstance(gm, fx.GraphModule)
+        _raise_modules(gm)
+    else:
+        gm = copy.deepcopy(target)
+    binding = bind(gm, spec, adapter=adapter)
+    origins: dict[fx.Node, engine.Provenance] = {}
+    for placement, method in binding.installed:
+        if placement.method.acts == "parameter":
+            continue
+        if method.acts_at(placement.site) != "output":
+            raise BindError(
+                f"{method.name} acts on the {method.acts_at(placement.site)} here, and a graph "
+                "module's calls show outputs alone",
+                site=placement.site.name,
+            )
+        calls = list(gm.graph.find_nodes(op="call_module", target=placement.site.module))
+        if not calls:
+            raise BindError("the graph does not call this module", site=placement.site.name)
+        for call in calls:
+            mark = _mark(gm, call, entry_of(gm, placement))
+            origins[mark] = engine.Provenance(
+                placement.rule, placement.where, method.name, placement.site.name
+            )
+    planned = {id(p) for p in gm.parameters() if p.requires_grad}
+    context = engine.Context(
+        provenance=origins.get, frozen=lambda n: id(_parameter(gm, n)) not in planned
+    )
+    engine.run(gm, PIPELINE, context)
+    binding.proven = binding.fixed = True
+    return gm
+
+
+def _parameter(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter | None:
+    if node.op != "get_attr":
+        return None
+    path, _, leaf = str(node.target).rpartition(".")
+    return gm.get_submodule(path)._parameters.get(leaf)
+
+
+def _mark(gm: fx.GraphModule, call: fx.Node, entry: Any) -> fx.Node:
+    """Writes out the module that *call* calls, and sets the site's mark after it."""
+    path = str(call.target)
+    module = gm.get_submodule(path)
+    x = call.args[0] if call.args else next(iter(call.kwargs.values()))
+    graph = gm.graph
+    with graph.inserting_before(call):
+        y = _written_out(graph, path, module, x)
+        tensors = [
+            graph.get_attr(f"{path}.{SLOT}.{entry.method.name}.{name}") for name in entry.names
+        ]
+        tensors += [graph.get_attr(f"{path}.{name}") for name in entry.reads]
+        seed = None
+        if entry.drops and module.training:
+            seed = graph.call_function(torch.randint, (0, 2**62, ()), {"dtype": torch.int64})
+        mark = graph.call_function(
+            torch.ops.peftfx.site.default, (y, x, tensors, seed, entry.key, module.training)
+        )
+    call.replace_all_uses_with(mark)
+    graph.erase_node(call)
+    return mark
+
+
+def _written_out(graph: fx.Graph, path: str, module: nn.Module, x: Any) -> fx.Node:
+    kind = kind_of(module)
+    weight = graph.get_attr(f"{path}.weight")
+    bias = graph.get_attr(f"{path}.bias") if getattr(module, "bias", None) is not None else None
+    if kind == "linear":
+        return graph.call_function(F.linear, (x, weight, bias))
+    attrs = attrs_of(module, kind)
+    if kind == "embedding":
+        return graph.call_function(F.embedding, (x, weight, attrs["padding_idx"]))
+    if kind in CONVS:
+        given = tuple(attrs[n] for n in ("stride", "padding", "dilation", "groups"))
+        return graph.call_function(CONVS[kind], (x, weight, bias, *given))
+    raise BindError(f"a {kind} cannot be written out", site=path)
+
+
+# -- exported programs ---------------------------------------------------------------------------
+
+
+def _raise_modules(gm: fx.GraphModule) -> None:
+    """Turns the aten calls of an exported program back into the modules that own their weights."""
+    aten = torch.ops.aten
+    makers: dict[Any, tuple[int, Callable[..., nn.Module]]] = {
+        aten.linear.default: (1, _linear),
+        aten.embedding.default: (0, _embedding),
+        aten.conv1d.default: (1, _conv(nn.Conv1d)),
+        aten.conv2d.default: (1, _conv(nn.Conv2d)),
+        aten.conv3d.default: (1, _conv(nn.Conv3d)),
+    }
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in makers:
+            continue
+        position, make = makers[node.target]
+        weight = node.args[position]
+        if not isinstance(weight, fx.Node) or weight.op != "get_attr":
+            continue
+        path, _, leaf = str(weight.target).rpartition(".")
+        owner = gm.get_submodule(path)
+        if leaf != "weight" or not path:
+            continue
+        if kind_of(owner) == "parameter":
+            made = make(owner, node.args)
+            made.train(owner.training)
+            gm.set_submodule(path, made)
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_module(path, (node.args[1 - position],))
+        call.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        gm.graph.erase_node(node)
+    for node in reversed(list(gm.graph.nodes)):
+        if node.op == "get_attr" and not node.users:
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _with_own(made: nn.Module, owner: nn.Module) -> nn.Module:
+    made._parameters.update({n: p for n, p in owner._parameters.items() if n in made._parameters})
+    return made
+
+
+def _linear(owner: nn.Module, args: tuple[Any, ...]) -> nn.Module:
+    out, width = owner.weight.shape  # type: ignore[union-attr, misc]
+    made = nn.Linear(width, out, bias="bias" in owner._parameters, device="meta")
+    return _with_own(made, owner)
+
+
+def _embedding(owner: nn.Module, args: tuple[Any, ...]) -> nn.Module:
+    rows, width = owner.weight.shape  # type: ignore[union-attr, misc]
+    padding = args[2] if len(args) > 2 and args[2] >= 0 else None
+    return _with_own(nn.Embedding(rows, width, padding_idx=padding, device="meta"), owner)
+
+
+def _conv(kind: Any) -> Callable[..., nn.Module]:
+    def make(owner: nn.Module, args: tuple[Any, ...]) -> nn.Module:
+        weight = owner.weight
+        assert isinstance(weight, Tensor)
+        n = weight.ndim - 2
+        defaults = ([1] * n, [0] * n, [1] * n, 1)
+        stride, padding, dilation, groups = (*args[3:7], *defaults[len(args[3:7]) :])
+        made = kind(
+            weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), tuple(stride),
+            tuple(padding), tuple(dilation), groups, bias="bias" in owner._parameters,
+            device="meta",
+        )  # fmt: skip
+        return _with_own(made, owner)
+
+    return make

@@ -1,0 +1,97 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+SPEC = """\
+rules:
+  - method: lora
+    role: [attention.query, mlp.down]
+    rank: 2
+  - method: train
+    name: "classifier.*"
+"""
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny BERT with a tokenizer, as a directory."""
+    directory = tmp_path_factory.mktemp("base")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "blue", "is", "the", "sky"]
+    (directory / "vocab.txt").write_text("\n".join(words))
+    tokenizer = transformers.BertTokenizerFast(str(directory / "vocab.txt"))
+    tokenizer.save_pretrained(directory)
+    config = transformers.BertConfig(
+        vocab_size=len(words), hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+        num_attention_heads=3, max_position_embeddings=16,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    transformers.BertModel(config).save_pretrained(directory)
+    return directory
+
+
+def run(*arguments: Any, expect: int = 0) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "peftfx.cli", *map(str, arguments)],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == expect, done.stderr[-3000:]
+    assert "Traceback" not in done.stderr
+    return done.stdout if expect == 0 else done.stderr
+
+
+def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(SPEC)
+    auto = ("--class", "AutoModelForSequenceClassification")
+    plan = json.loads(run("plan", spec, "-m", base, *auto, "--json"))
+    assert len(plan["placements"]) == 6 and plan["trainable"] > 0
+    assert "attention.query" in run("plan", spec, "-m", base, *auto)
+    assert "6 placements" in run("check", spec, "-m", base, *auto)
+    text = run("explain", spec, "-m", base, *auto)
+    assert "low_rank_linear" in text and "definition" in text
+    spec.write_text(SPEC.replace("rank", "rnk"))
+    error = run("check", spec, expect=2)
+    assert f"{spec}:4" in error.replace("\n", "") and "'rank'" in error
+
+
+def test_methods_schema_doctor() -> None:
+    assert set(json.loads(run("methods", "--json"))) >= {"lora", "bitfit", "train", "freeze"}
+    assert "draft-07" in run("schema")
+    done = subprocess.run(
+        [sys.executable, "-m", "peftfx.cli", "doctor", "--json"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout)["versions"]["torch"] == torch.__version__
+
+
+def test_train(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "spec.yaml").write_text(SPEC)
+    rows = ["text,label"] + ["the sky is red,a", "the sky is blue,b"] * 16
+    (tmp_path / "train.csv").write_text("\n".join(rows))
+    (tmp_path / "test.jsonl").write_text('{"text": "blue sky", "label": "b"}\n' * 4)
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        f"model: {base}\nspec: spec.yaml\ntrain: train.csv\nevaluate: test.jsonl\n"
+        "output: out\nbatch_size: 8\nmax_length: 8\nepochs: 2\nlower: aot_eager\npatience: 2\n"
+        "learning_rate: 0.01\nhead_learning_rate: 0.02\n"
+    )
+    assert "sound" in run("train", job, "--dry-run")
+    result = json.loads(run("train", job, "--json").strip().splitlines()[-1])
+    assert result["steps"] == 8 and result["accuracy"] == 1.0
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+    again = json.loads(
+        run("train", job, "--json", "--set", "resume=true", "--set", "epochs=3").splitlines()[-1]
+    )
+    assert again["steps"] == 12
+    assert "epochs" in run("train", job, "--set", "epoch=3", expect=2)
+    job.write_text(job.read_text().replace("test.jsonl", "none.csv"))
+    assert "none.csv" in run("train", job, expect=2).replace("\n", "")

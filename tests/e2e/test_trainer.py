@@ -1,0 +1,173 @@
+"""Training for real: a plain loop, HF's Trainer, accumulation, resume, and two processes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.training.trainer import Trainer
+from tests.architectures import by_name
+from tests.helpers import output
+
+SPEC: dict[str, Any] = {
+    "rules": [
+        {"method": "lora", "role": ["attention.query", "mlp.down"], "rank": 3, "dropout": 0.1},
+        {"method": "train", "name": "classifier"},
+    ]
+}
+
+
+class Data(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Random texts of which the label is a function."""
+
+    def __init__(self, count: int = 24) -> None:
+        generator = torch.Generator().manual_seed(3)
+        self.ids = torch.randint(3, 61, (count, 8), generator=generator)
+        self.labels = self.ids[:, 1] % 3
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.labels[i]}
+
+
+def trainer(model: nn.Module, directory: Path, **options: Any) -> Trainer:
+    arguments = transformers.TrainingArguments(
+        output_dir=str(directory), per_device_train_batch_size=4, learning_rate=1e-2,
+        max_steps=8, save_steps=4, logging_steps=2, report_to="none", seed=1,
+        dataloader_pin_memory=False, use_cpu=True, **options,
+    )  # fmt: skip
+    return Trainer(model, arguments, train_dataset=Data(), eval_dataset=Data(8))
+
+
+def adapted() -> nn.Module:
+    torch.manual_seed(0)
+    model = by_name("bert").build()
+    peftfx.adapt(model, SPEC, lower="aot_eager")
+    return model
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in peftfx.state_dict(model).items()}
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_plain_loop_learns() -> None:
+    model, data = adapted(), Data(16)
+    optimizer = torch.optim.AdamW(peftfx.parameter_groups(model, lr=1e-2, weight_decay=0.01))
+    losses = []
+    for _ in range(40):
+        loss = model(input_ids=data.ids, labels=data.labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_checkpoint_is_the_adapter_and_resume_is_bit_exact(tmp_path: Path) -> None:
+    whole = adapted()
+    trainer(whole, tmp_path / "a").train()
+    held = {f.name for f in (tmp_path / "a" / "checkpoint-4").iterdir()}
+    assert "adapter_model.safetensors" in held and "model.safetensors" not in held
+
+    torch._dynamo.reset()
+    resumed = adapted()
+    trainer(resumed, tmp_path / "a").train(
+        resume_from_checkpoint=str(tmp_path / "a" / "checkpoint-4")
+    )
+    assert equal(tensors(resumed), tensors(whole))
+
+    reloaded = by_name("bert").build()
+    peftfx.load(reloaded, tmp_path / "a" / "checkpoint-8", compile=False)
+    x = by_name("bert").example()
+    whole.eval()
+    torch._dynamo.reset()
+    assert torch.equal(output(reloaded, x), _eager(whole, x))
+    theirs = peft.PeftModel.from_pretrained(
+        by_name("bert").build(), tmp_path / "a" / "checkpoint-8"
+    ).eval()
+    assert torch.allclose(output(theirs, x), output(reloaded, x), atol=1e-6)
+
+
+def _eager(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
+    copied = copy.deepcopy(model)
+    copied._compiled_call_impl = None
+    return output(copied, x)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_accumulation_and_checkpointing_give_the_same(
+    tmp_path: Path, checkpointing: bool
+) -> None:
+    found = []
+    for batch, steps in ((4, 1), (2, 2)):
+        torch._dynamo.reset()
+        model = by_name("bert").build()
+        model.config.use_cache = False
+        peftfx.adapt(model, {"rules": [{**SPEC["rules"][0], "dropout": 0.0}, SPEC["rules"][1]]},
+                     lower="aot_eager")  # fmt: skip
+        options = {"gradient_accumulation_steps": steps, "activation_checkpointing": checkpointing}
+        if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
+            options["gradient_checkpointing"] = options.pop("activation_checkpointing")
+        made = trainer(model, tmp_path / str(batch), **options)
+        made.args.per_device_train_batch_size = batch
+        made._train_batch_size = batch
+        made.train()
+        found.append(tensors(model))
+    for key, value in found[0].items():
+        assert torch.allclose(value, found[1][key], atol=5e-4), key
+
+
+def test_best_model_comes_back(tmp_path: Path) -> None:
+    model = adapted()
+    made = trainer(
+        model, tmp_path, eval_strategy="steps", eval_steps=4, load_best_model_at_end=True,
+        save_total_limit=2,
+    )  # fmt: skip
+    made.train()
+    best = made.state.best_model_checkpoint
+    assert best is not None
+    fresh = by_name("bert").build()
+    peftfx.load(fresh, best, compile=False)
+    assert equal(tensors(fresh), tensors(model))
+
+
+def test_trainer_wants_an_adapted_model(tmp_path: Path) -> None:
+    with pytest.raises(peftfx.PeftfxError, match="not adapted"):
+        trainer(by_name("bert").build(), tmp_path)
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
+    script = Path(__file__).with_name("ddp.py")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(tmp_path), str(rank)],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, out.decode()[-2000:]
+    two = torch.load(tmp_path / "two.pt", weights_only=True)
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    assert two.keys() == one.keys() and len(one) > 4
+    for key, grad in one.items():
+        assert torch.allclose(two[key], grad, atol=1e-6), key

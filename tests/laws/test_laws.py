@@ -1,0 +1,171 @@
+"""The laws, over random models and random specs."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.backends import Backend
+from peftfx.errors import PlanError
+from tests.helpers import fill, relative
+
+WIDTHS = (4, 6, 9)
+EXAMPLES = int(os.environ.get("PEFTFX_EXAMPLES", "0"))
+
+
+class Random(nn.Module):
+    """A model drawn at random: layers with branches, residuals and modules used twice."""
+
+    def __init__(self, plan: list[tuple[str, int, int]]) -> None:
+        super().__init__()
+        self.table = nn.Embedding(11, WIDTHS[0])
+        self.steps: list[tuple[str, list[str]]] = []
+        self.dead = nn.Linear(3, 5)  # never called
+        width = WIDTHS[0]
+        previous: str | None = None
+        for i, (kind, pick, extra) in enumerate(plan):
+            name, out = f"{kind}{i}", WIDTHS[pick % 3]
+            if kind == "linear":
+                self.add_module(name, nn.Linear(width, out, bias=bool(extra % 2)))
+                width, previous = out, None
+            elif kind == "residual":
+                self.add_module(name, nn.Linear(width, width))
+                previous = name
+            elif kind == "again":
+                name = previous or ""
+            elif kind == "branches":
+                for side in "ab":
+                    self.add_module(f"{name}{side}", nn.Linear(width, out, bias=side == "a"))
+                width, previous = out, None
+            elif kind == "norm":
+                self.add_module(name, nn.LayerNorm(width))
+            elif kind == "conv":
+                self.add_module(name, nn.Conv1d(width, out, 3, padding=1))
+                width, previous = out, None
+            self.steps.append((kind, [name]))
+        self.head = nn.Linear(width, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for kind, (name,) in self.steps:
+            if kind in ("linear", "norm"):
+                x = getattr(self, name)(x)
+            elif kind in ("residual", "again") and name:
+                x = x + torch.tanh(getattr(self, name)(x))
+            elif kind == "branches":
+                x = getattr(self, name + "a")(x) * torch.sigmoid(getattr(self, name + "b")(x))
+            elif kind == "conv":
+                x = getattr(self, name)(x.transpose(1, 2)).transpose(1, 2)
+            elif kind == "act":
+                x = torch.nn.functional.gelu(x)
+        return self.head(x)
+
+
+layers = st.lists(
+    st.tuples(
+        st.sampled_from(["linear", "residual", "again", "branches", "norm", "conv", "act"]),
+        st.integers(0, 2), st.integers(0, 1),
+    ),
+    min_size=1, max_size=5,
+)  # fmt: skip
+lora = st.fixed_dictionaries(
+    {
+        "method": st.just("lora"),
+        "name": st.sampled_from(
+            [["*"], ["linear*"], ["*a", "*b", "head"], ["table", "head"], ["conv*", "residual*"]]
+        ),
+        "rank": st.integers(1, 3),
+        "alpha": st.sampled_from([0.5, 3.0]),
+        "except": st.just("dead"),
+    },
+    optional={"rank_stabilized": st.booleans()},
+)
+train = st.fixed_dictionaries(
+    {"method": st.sampled_from(["train", "bitfit"]), "name": st.sampled_from(["norm*", "head"])}
+)
+specs = st.tuples(lora, st.one_of(st.none(), train)).map(
+    lambda rules: {"rules": [r for r in rules if r is not None]}
+)
+
+
+def bound(plan: Any, spec: Any, lower: Any) -> tuple[nn.Module, nn.Module, Tensor, Backend] | None:
+    torch.manual_seed(0)
+    base = Random(plan)
+    ids = torch.randint(0, 11, (2, 5))
+    model = copy.deepcopy(base)
+    backend = Backend(spec, lower)
+    try:
+        backend.bind(model, (ids,))
+    except PlanError:
+        return None  # nothing of that name in this model
+    return base, model, ids, backend
+
+
+def check(plan: Any, spec: Any, lower: Any) -> None:
+    """All laws on one model and one spec; *lower* None is without a compiler."""
+    made = bound(plan, spec, lower or "eager")
+    if made is None:
+        return
+    base, model, ids, backend = made
+    assert torch.equal(model(ids), base(ids))  # the start is the base
+    fill(peftfx.parameters(model), scale=0.4)
+    eager = model(ids)
+    eager.square().mean().backward()
+    grads = {n: p.grad.clone() for n, p in peftfx.named_parameters(model) if p.grad is not None}
+    planned = {id(p) for p in peftfx.parameters(model)}
+    assert all((id(p) in planned) == p.requires_grad for p in model.parameters())
+    assert all(p.grad is None for p in model.parameters() if id(p) not in planned)
+    for p in model.parameters():
+        p.grad = None
+    if lower is not None:
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        out = compiled(ids)
+        assert relative(out, eager) < 1e-5
+        out.square().mean().backward()
+        for name, p in peftfx.named_parameters(model):
+            if name in grads:
+                assert p.grad is not None and torch.allclose(p.grad, grads[name], atol=1e-5), name
+    peftfx.merge(model)
+    assert relative(model(ids), eager) < 1e-5
+    peftfx.unmerge(model)
+    assert torch.equal(model(ids), eager)
+    with peftfx.disabled(model):
+        assert torch.equal(model(ids), base(ids))
+    saved = {k: v.clone() for k, v in peftfx.state_dict(model).items()}
+    fill(peftfx.parameters(model), seed=5)
+    peftfx.load_state_dict(model, saved)
+    assert torch.equal(model(ids), eager)
+    peftfx.release(model)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(model.state_dict().values(), base.state_dict().values(), strict=True)
+    )
+
+
+@settings(max_examples=EXAMPLES or 300)
+@given(layers, specs)
+def test_without_a_compiler(plan: Any, spec: Any) -> None:
+    check(plan, spec, None)
+
+
+@settings(max_examples=min(EXAMPLES, 2000) or 60)
+@given(layers, specs)
+def test_compiled(plan: Any, spec: Any) -> None:
+    torch._dynamo.reset()
+    check(plan, spec, "aot_eager")
+
+
+@pytest.mark.slow
+@settings(max_examples=20)
+@given(layers, specs)
+def test_through_inductor(plan: Any, spec: Any) -> None:
+    torch._dynamo.reset()
+    check(plan, spec, "inductor")
