@@ -25,12 +25,14 @@ class Insert:
     def __call__(self, gm: fx.GraphModule, context: Context) -> int:
         marks = [n for n in gm.graph.nodes if is_op(n, "site")]
         shared: fx.Node | None = None
+        seeds: list[fx.Node] = []
         draws = 0
         for mark in marks:
             y, x, tensors, seed, key, training = _arguments(mark)
             if isinstance(seed, fx.Node):
                 draws += 1
                 shared = shared or seed
+                seeds.append(seed)
             provenance = context.provenance(mark)
             recorder = Recorder(gm.graph, self.name, provenance)
             with gm.graph.inserting_before(mark):
@@ -44,18 +46,14 @@ class Insert:
                 )
             mark.replace_all_uses_with(out.node)
             gm.graph.erase_node(mark)
-            if isinstance(seed, fx.Node) and not seed.users:
-                _erase_draw(gm.graph, seed)
+        for seed in dict.fromkeys(seeds):
+            if not seed.users and seed.target is torch.randint:  # a mark's own draw
+                gm.graph.erase_node(seed)
         return len(marks)
 
     def check(self, gm: fx.GraphModule) -> str | None:
         left = [n.name for n in gm.graph.nodes if is_op(n, "site")]
         return f"marks are left: {', '.join(left)}" if left else None
-
-
-def _erase_draw(graph: fx.Graph, seed: fx.Node) -> None:
-    if seed.target is torch.randint:  # a mark's own draw: nothing else reads its numbers
-        graph.erase_node(seed)
 
 
 def _arguments(mark: fx.Node) -> tuple[Any, ...]:
