@@ -25,7 +25,7 @@ _WHERE = {
     "disabled": "operations",
     "explain": "explaining",
     "is_adapted": "operations",
-    "load": "checkpoint",
+    "load": "loading",
     "load_state_dict": "checkpoint",
     "merge": "merging",
     "named_parameters": "operations",
@@ -40,9 +40,22 @@ _WHERE = {
     "unmerge": "merging",
 }
 
-__all__ = ["__version__", *_WHERE]  # noqa: PLE0604
+__all__ = ["__version__", *_WHERE]
 
 if TYPE_CHECKING:
+    from peftfx.backends import Backend as Backend
+    from peftfx.backends import adapt as adapt
+    from peftfx.backends import backend as backend
+    from peftfx.bind import release as release
+    from peftfx.checkpoint import load_state_dict as load_state_dict
+    from peftfx.checkpoint import save as save
+    from peftfx.checkpoint import state_dict as state_dict
+    from peftfx.errors import PeftfxError as PeftfxError
+    from peftfx.explaining import explain as explain
+    from peftfx.explaining import plan as plan
+    from peftfx.loading import load as load
+    from peftfx.merging import merge as merge
+    from peftfx.merging import unmerge as unmerge
     from peftfx.operations import activate as activate
     from peftfx.operations import adapters as adapters
     from peftfx.operations import add as add
@@ -52,19 +65,6 @@ if TYPE_CHECKING:
     from peftfx.operations import parameter_groups as parameter_groups
     from peftfx.operations import parameters as parameters
     from peftfx.operations import remove as remove
-    from peftfx.backends import Backend as Backend
-    from peftfx.backends import adapt as adapt
-    from peftfx.backends import backend as backend
-    from peftfx.bind import release as release
-    from peftfx.checkpoint import load as load
-    from peftfx.checkpoint import load_state_dict as load_state_dict
-    from peftfx.checkpoint import save as save
-    from peftfx.checkpoint import state_dict as state_dict
-    from peftfx.errors import PeftfxError as PeftfxError
-    from peftfx.explaining import explain as explain
-    from peftfx.explaining import plan as plan
-    from peftfx.merging import merge as merge
-    from peftfx.merging import unmerge as unmerge
     from peftfx.plans import Plan as Plan
     from peftfx.rewriting import rewrite as rewrite
     from peftfx.spec import Spec as Spec

@@ -15,13 +15,14 @@ import torch
 from torch import fx, nn
 
 from peftfx import dynamo, engine
-from peftfx.bind import Binding, bind, binding_of, check, prove, unwrap
+from peftfx.bind import bind, check, prove
+from peftfx.binding import Binding, binding_of, unwrap
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
 from peftfx.log import logger
 from peftfx.passes import PIPELINE
 from peftfx.registry import owner_of
 from peftfx.spec import Spec
-from peftfx.verify import marks, provenance
+from peftfx.verify import frozen, marks, provenance
 
 Lower = Literal["auto", "inductor", "aot_eager", "eager"] | Callable[..., Any]
 LOWERS = ("auto", "inductor", "aot_eager", "eager")
@@ -48,7 +49,9 @@ class Backend:
     def __repr__(self) -> str:
         return f"peftfx.backend({self.spec!r}, lower={self.lower!r})"
 
-    def bind(self, model: nn.Module, example: Example = None, adapter: str = "default") -> nn.Module:
+    def bind(
+        self, model: nn.Module, example: Example = None, adapter: str = "default"
+    ) -> nn.Module:
         """Binds *model* now, so that an optimizer can be made first. Idempotent; gives *model*."""
         if self.spec is None:
             raise BindError("this backend has no spec to bind with")
@@ -135,7 +138,9 @@ class Backend:
         options: dict[str, Any],
     ) -> Callable[..., Any]:
         context = engine.Context(
-            provenance=provenance(gm, inputs, binding), snapshots=self.snapshots
+            provenance=provenance(gm, inputs, binding),
+            frozen=frozen(gm, inputs),
+            snapshots=self.snapshots,
         )
         report = engine.run(gm, PIPELINE, context)
         self.reports = [*self.reports[-63:], report]

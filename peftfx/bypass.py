@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.backends import Backend
-from peftfx.bind import binding_of
+from peftfx.binding import binding_of
 from peftfx.errors import PeftfxError
 from peftfx.operations import parameters
 
@@ -207,4 +207,3 @@ def run() -> Iterator[Row]:
     for name in SITUATIONS:
         for fullgraph in (False, True):
             yield try_one(name, fullgraph)
-

@@ -1,4 +1,4 @@
-"""Saving and loading adapters.
+"""Adapters as files and as state dicts.
 
 An adapter that PEFT can represent is saved as PEFT's directory, readable by
 ``peft.PeftModel.from_pretrained`` and the servers that follow it; any other in peftfx's own form,
@@ -18,22 +18,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from peftfx import files, fingerprint, peft_format, tensors as tensor_files
-from peftfx.bind import (
-    Binding,
-    Tensors,
-    bind,
-    binding_of,
-    bound,
-    check_name,
-    make_plan,
-    parameter,
-    tensors_of,
-    unwrap,
-)
-from peftfx.errors import AdapterError, CheckpointError, PlanError, SpecError
+from peftfx import files, fingerprint, peft_format
+from peftfx import tensors as tensor_files
+from peftfx.binding import Binding, Tensors, binding_of, bound, parameter, tensors_of
+from peftfx.errors import CheckpointError, PlanError, SpecError
 from peftfx.log import logger
-from peftfx.plans import Placement, Plan
+from peftfx.methods.method import float_dtype
+from peftfx.plans import Placement, Plan, make_plan
 from peftfx.spec import Spec
 
 OWN_CONFIG, OWN_WEIGHTS = "peftfx.json", "peftfx_model.safetensors"
@@ -110,9 +101,7 @@ def _matched(
             if not value.is_floating_point():
                 raise CheckpointError(f"{key} is {value.dtype}", where=where, site=p.site.name)
             if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(
-                    f"{key} holds NaN or infinity", where=where, site=p.site.name
-                )
+                raise CheckpointError(f"{key} holds NaN or infinity", where=where, site=p.site.name)
             values[name] = value
         found.append(values)
     return found
@@ -157,9 +146,7 @@ def save(
             logger.info("saved in peftfx's own form: %s", error)
     peft = config is not None
     keys = peft_format.keys_of(made.plan.placements) if peft else _own_keys(made.plan.placements)
-    values = {
-        key: held[i][name] for i, names in enumerate(keys) for name, key in names.items()
-    }
+    values = {key: held[i][name] for i, names in enumerate(keys) for name, key in names.items()}
     for key, value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
@@ -197,64 +184,27 @@ def base_parameter(model: nn.Module, binding: Binding, name: str) -> Tensor:
 # -- loading -------------------------------------------------------------------------------------
 
 
-def load(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
-    adapter: str = "default",
-    trainable: bool = False,
-    compile: bool = True,
-    example: Any = None,
-) -> nn.Module:
-    """Loads an adapter from a directory that peftfx or HF PEFT wrote; gives *model*.
-
-    A model that is not adapted yet is bound, and compiled in place unless *compile* is False. On
-    an adapted one the adapter is added under its name, or its values are put into the adapter
-    of that name if it has the same spec.
+def read(
+    model: nn.Module, directory: str | os.PathLike[str], example: Any = None
+) -> tuple[Spec, list[Tensors]]:
+    """The spec of a saved adapter and its values for each placement on *model*, all checked.
 
     Raises:
         CheckpointError: files that are incomplete, malformed, unsafe, or do not fit the model.
         FingerprintError: the adapter was trained on other base weights.
-        Model and files are untouched then.
     """
-    check_name(adapter)
     path = Path(directory)
     files.recover(path)
-    plain = unwrap(model)
-    binding = binding_of(plain)
-    spec, keys_of, weights, known = _describe(path, plain)
-    if binding is not None and adapter in binding.adapters:
-        if binding.adapters[adapter].spec != spec:
-            raise AdapterError(
-                f"there is an adapter {adapter!r} with another spec",
-                remedy="remove it, or load under another name",
-            )
-        values = _values(path, binding.adapters[adapter].plan, keys_of, weights)
-        _check_base(plain, binding, binding.adapters[adapter].plan, known)
-        with torch.no_grad():
-            for into, found in zip(tensors_of(plain, binding, adapter), values, strict=True):
-                for name, value in found.items():
-                    into[name].copy_(value)
-        return model
+    spec, keys_of, weights, known = _describe(path, model)
     try:
-        plan, _ = make_plan(plain, spec, example)
+        plan, _ = make_plan(model, spec, example)
     except (PlanError, SpecError) as error:
         raise CheckpointError(
-            f"the adapter does not fit this {type(plain).__name__}: {error}", where=str(path)
+            f"the adapter does not fit this {type(model).__name__}: {error}", where=str(path)
         ) from error
     values = _values(path, plan, keys_of, weights)
-    _check_base(plain, binding, plan, known)
-    placed = _on_sites(plain, plan, spec, values, trainable)
-    if binding is not None:
-        from peftfx.operations import insert
-
-        insert(plain, spec, adapter, example, trainable=trainable, tensors=placed)
-        return model
-    bind(plain, spec, example, adapter, trainable=trainable, tensors=placed)
-    if compile and plain is model:
-        from peftfx.backends import Backend, compile_in_place
-
-        compile_in_place(plain, Backend(spec))
-    return model
+    _check_base(model, binding_of(model), plan, known)
+    return spec, _on_sites(model, plan, spec, values)
 
 
 def _describe(path: Path, model: nn.Module) -> tuple[Spec, Any, Path, Any]:
@@ -288,7 +238,9 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Any, Path, Any]:
         else:
             raise SpecError("it has neither peftfx.json nor adapter_config.json")
     except (SpecError, TypeError, AttributeError, KeyError) as error:
-        raise CheckpointError(f"the configuration is not usable: {error}", where=str(path)) from error
+        raise CheckpointError(
+            f"the configuration is not usable: {error}", where=str(path)
+        ) from error
     return spec, (peft_format.keys_of if is_peft else _own_keys), weights, known
 
 
@@ -314,15 +266,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _values(path: Path, plan: Plan, keys_of: Any, weights: Path) -> list[Tensors]:
     keys = keys_of(plan.placements)
     header = tensor_files.read_header(weights)
-    expected = {k: p for names, p in zip(keys, plan.placements, strict=True) for k in names.values()}
+    expected = {key for names in keys for key in names.values()}
     size = sum(math.prod(shape) * dtype.itemsize for k, (dtype, shape) in header.items())
     allowed = sum(
         8 * math.prod(q.shape) for p in plan if p.method.trains
         for q in p.method.params(p.site).values()
     )  # fmt: skip
-    if set(header) == set(expected) and size > allowed:
+    if set(header) == expected and size > allowed:
         raise CheckpointError("the tensors are larger than the adapter", where=str(weights))
-    unknown = set(header) ^ set(expected)
+    unknown = set(header) ^ expected
     if unknown:  # say so before anything is read
         return _matched(plan, keys, {k: torch.empty(0) for k in header}, str(weights))
     return _matched(plan, keys, tensor_files.read(weights), str(weights))
@@ -339,21 +291,17 @@ def _check_base(
     fingerprint.compare({n: known[n] for n in sorted(names)}, weights)
 
 
-def _on_sites(
-    model: nn.Module, plan: Plan, spec: Spec, values: list[Tensors], trainable: bool
-) -> list[Tensors]:
+def _on_sites(model: nn.Module, plan: Plan, spec: Spec, values: list[Tensors]) -> list[Tensors]:
     """Loaded values as parameters on the devices of their sites, in the dtypes bind gives."""
-    from peftfx.methods.method import float_dtype
-
     placed = []
     for p, found in zip(plan, values, strict=True):
         like = parameter(model, p.site.name)
         made: Tensors = {}
         for name, value in found.items():
-            dtype = like.dtype if p.method.acts == "parameter" else float_dtype(
-                like.dtype, spec.dtype
+            dtype = (
+                like.dtype if p.method.acts == "parameter" else float_dtype(like.dtype, spec.dtype)
             )
-            made[name] = nn.Parameter(value.to(like.device, dtype), trainable)
+            made[name] = nn.Parameter(value.to(like.device, dtype))
         for name, buffer in p.method.buffers(p.site).items():
             made[name] = buffer.to(like.device)
         placed.append(made)

@@ -174,9 +174,7 @@ def compile_aot(gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., 
         boxed: Compiled = make_boxed_func(graph.forward)
         return boxed
 
-    wrapped = aot_autograd(
-        fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition
-    )
+    wrapped = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
     compiled: Compiled = wrapped(gm, list(inputs))
     return compiled
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from peftfx.bind import bind, make_plan, release, unwrap
+from peftfx.bind import bind, release
+from peftfx.binding import unwrap
 from peftfx.engine import Report
-from peftfx.plans import Plan
+from peftfx.plans import Plan, make_plan
 from peftfx.spec import Spec
 
 

@@ -49,7 +49,11 @@ def write_directory(
             _keep_others(target, fresh, {*files, *without})
         _sync(fresh)
         old = _put(fresh, target)
-        _sync(target.parent)
+        try:
+            _sync(target.parent)
+        except OSError:
+            _take_back(fresh, target, old)
+            raise
     except OSError as error:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -115,7 +119,7 @@ def _link(source: str | Path, destination: str | Path) -> None:
 
 
 def _put(fresh: Path, target: Path) -> Path | None:
-    """Puts *fresh* in the place of *target*; gives where the old version is now, if there was one."""
+    """Puts *fresh* in the place of *target*; gives where the old version is now, if any."""
     if not target.exists():
         try:
             _rename(fresh, target, _NOREPLACE)
@@ -133,6 +137,16 @@ def _put(fresh: Path, target: Path) -> Path | None:
     os.rename(target, old)
     os.rename(fresh, target)
     return old
+
+
+def _take_back(fresh: Path, target: Path, old: Path | None) -> None:
+    """Undoes :func:`_put`."""
+    if old == fresh:
+        _rename(fresh, target, _EXCHANGE)
+        return
+    os.rename(target, fresh)
+    if old is not None:
+        os.rename(old, target)
 
 
 def _rename(source: Path, target: Path, flag: int) -> None:

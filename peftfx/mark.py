@@ -294,9 +294,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         out = reference(y_, x_, leaves, seed, ctx.key, ctx.training)
         wanted = [t for t in (y_, x_, *leaves) if t is not None and t.requires_grad]
         found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
-    grads = [
-        next(found) if t is not None and t.requires_grad else None for t in (y_, x_, *leaves)
-    ]
+    grads = [next(found) if t is not None and t.requires_grad else None for t in (y_, x_, *leaves)]
     return grads[0], grads[1], grads[2:], None, None, None
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from peftfx.bind import Binding, bound, entry_of, parameter, refuse_fixed, set_keys
+from peftfx.binding import Binding, bound, entry_of, parameter, refuse_fixed
 from peftfx.errors import BindError, MergeError
+from peftfx.install import set_keys
 from peftfx.methods.method import Method
 from peftfx.plans import Placement
 

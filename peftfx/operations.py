@@ -16,24 +16,22 @@ from typing import Any
 from torch import nn
 
 from peftfx import mark
-from peftfx.bind import (
+from peftfx.bind import forms
+from peftfx.binding import (
     Adapter,
+    Tensors,
     binding_of,
     bound,
     check_name,
-    create,
-    forms,
-    install,
-    make_plan,
-    place_all,
     refuse_fixed,
-    restore,
-    set_keys,
-    swap,
     tensors_of,
 )
+from peftfx.checkpoint import read
 from peftfx.errors import AdapterError, BindError, MergeError
+from peftfx.install import create, install, place_all, restore, set_keys, swap
+from peftfx.plans import make_plan
 from peftfx.registry import disown
+from peftfx.site import SLOT
 from peftfx.spec import Spec
 
 
@@ -68,12 +66,10 @@ def add(
         raise AdapterError(
             f"there is an adapter {adapter!r} already", remedy="remove it, or use another name"
         )
+    tensors = None
     if isinstance(spec, (str, os.PathLike)) and Path(spec).is_dir():
-        from peftfx.checkpoint import load
-
-        load(model, spec, adapter=adapter, trainable=trainable, compile=False)
-        return
-    insert(model, Spec.of(spec), adapter, example, trainable=trainable)
+        spec, tensors = read(model, spec, example)
+    insert(model, Spec.of(spec), adapter, example, trainable=trainable, tensors=tensors)
 
 
 def insert(
@@ -83,7 +79,7 @@ def insert(
     example: Any = None,
     *,
     trainable: bool = True,
-    tensors: list[dict[str, Any]] | None = None,
+    tensors: list[Tensors] | None = None,
 ) -> Adapter:
     """Adds an adapter with fresh tensors, or with *tensors* for each placement of its plan."""
     model, binding = bound(model)
@@ -91,11 +87,9 @@ def insert(
         plan, traced = make_plan(model, spec, example)
         if traced is not None:
             binding.acts.update(forms(plan, traced))
-        elif any(
-            p.method.acts != "parameter" and not _marked(model, p.site.module) for p in plan
-        ):
+        elif any(p.method.acts != "parameter" and not _marked(model, p.site.module) for p in plan):
             binding.proven = False  # new sites: the next compile proves their marks
-        values = tensors if tensors is not None else create(model, plan, spec, trainable)
+        values = create(model, plan, spec) if tensors is None else tensors
     place_all(model, binding, plan)
     made = Adapter(adapter, spec, plan, trainable, values)
     binding.adapters[adapter] = made
@@ -103,7 +97,7 @@ def insert(
 
 
 def _marked(model: nn.Module, path: str) -> bool:
-    return mark.SLOT in model.get_submodule(path)._modules
+    return SLOT in model.get_submodule(path)._modules
 
 
 def remove(model: nn.Module, adapter: str) -> None:
@@ -229,4 +223,3 @@ def parameter_groups(
                 group["weight_decay"] = decay
             groups.append(group)
     return groups
-

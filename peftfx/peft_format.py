@@ -325,4 +325,3 @@ def _patterns(content: Mapping[str, Any], model: nn.Module | None) -> dict[str, 
                 by_value.setdefault(patterns[found], []).append(name)
         overrides += [{"name": names, option: value} for value, names in by_value.items()]
     return {"overrides": overrides} if overrides else {}
-

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import nn
 
 from peftfx.errors import PlanError, RoleError, nearest
 from peftfx.methods.method import Method
+from peftfx.roles import Roles
+from peftfx.roles import roles as roles_of
 from peftfx.site import Site, sites
-
-if TYPE_CHECKING:
-    from peftfx.roles import Roles
-    from peftfx.spec import Rule, Spec
+from peftfx.spec import Rule, Spec
+from peftfx.trace import Trace, trace
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,18 @@ class Plan:
         )
         lines += [f"not at {r.site.name}: {r.reason} (rule {r.rule})" for r in self.refusals]
         return "\n".join(lines)
+
+
+def make_plan(
+    model: nn.Module, spec: Spec | Mapping[str, Any] | str, example: Any = None
+) -> tuple[Plan, Trace | None]:
+    """The plan of *spec*, and the trace of the model where roles or an example called for one."""
+    spec = Spec.of(spec)
+    needed = any(
+        s.role for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))
+    )
+    traced = trace(model, example) if needed or example is not None else None
+    return resolve(model, spec, roles_of(traced) if needed and traced else None), traced
 
 
 def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from peftfx import engine
-from peftfx.bind import bind, entry_of
+from peftfx.bind import bind
+from peftfx.binding import entry_of
 from peftfx.errors import BindError
 from peftfx.passes import PIPELINE
 from peftfx.site import SLOT, attrs_of, kind_of

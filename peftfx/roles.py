@@ -108,10 +108,10 @@ class _Finder:
             if op is not None and at != start and self._weighs(op):
                 yield op
                 continue
-            if op is not None and at == start and step == self.graph.predecessors:
-                if self._weighs(op):
-                    yield op
-                    continue
+            backwards = at == start and step == self.graph.predecessors
+            if op is not None and backwards and self._weighs(op):
+                yield op
+                continue
             if op is not None and op.name == "embedding":
                 continue
             for other in step(at):  # type: ignore[operator]
@@ -152,10 +152,10 @@ class _Finder:
     def _packed(self, op: Op) -> None:
         prefix = "attention" if len(set(op.args[:2])) == 1 else "cross_attention"
         for name in op.params:
-            if name.endswith("bias_k") or name.endswith("bias_v"):
+            if name.endswith(("bias_k", "bias_v")):
                 continue
             shape = self.trace.shapes[name]
-            packed = len(shape) == 2 and shape[0] == 3 * shape[1] or name.endswith("in_proj_bias")
+            packed = (len(shape) == 2 and shape[0] == 3 * shape[1]) or name.endswith("in_proj_bias")
             for role in ("query", "key", "value") if packed else ("output",):
                 self.roles.found.setdefault(name, set()).add(f"{prefix}.{role}")
 
@@ -264,7 +264,7 @@ class _Finder:
             return
         if not self._residual(up, down):
             for name in up.params:
-                self.roles.unclear.append((name, "an activation follows, but no residual is around"))
+                self.roles.unclear.append((name, "an activation follows, but there is no residual"))
             return
         self.roles.add(up, "mlp.up")
         self.roles.add(down, "mlp.down")

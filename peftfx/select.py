@@ -48,9 +48,7 @@ class Selector:
         for key, known in (("role", ROLES), ("kind", KINDS), ("stack", STACKS)):
             for value in texts[key]:
                 if value not in known:
-                    raise SpecError(
-                        f"{key} {value!r} is not known", remedy=nearest(value, known)
-                    )
+                    raise SpecError(f"{key} {value!r} is not known", remedy=nearest(value, known))
         layers = _layers(given.get("layers"))
         excluded = texts.pop("except")
         return cls(**texts, layers=layers, except_=excluded)
@@ -109,8 +107,10 @@ def _texts(key: str, value: Any) -> tuple[str, ...]:
     if value is None:
         return ()
     values = [value] if isinstance(value, str) else value
-    if not isinstance(values, Sequence) or not values or not all(
-        isinstance(v, str) and 0 < len(v) <= 1024 for v in values
+    if (
+        not isinstance(values, Sequence)
+        or not values
+        or not all(isinstance(v, str) and 0 < len(v) <= 1024 for v in values)
     ):
         raise SpecError(f"{key} is {value!r}", remedy="give a text or a list of texts")
     return tuple(values)
@@ -126,7 +126,7 @@ def _layers(value: Any) -> str | int | tuple[int, ...] | None:
     elif isinstance(value, str):
         found = _LAYERS.fullmatch(value)
         backwards = found and found.group(1) and int(found.group(1)) > int(found.group(2))
-        if found and not backwards and value.split()[-1] != "0" or value == "0":
+        if (found and not backwards and value.split()[-1] != "0") or value == "0":
             return value
     raise SpecError(
         f"layers is {value!r}",

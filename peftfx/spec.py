@@ -206,7 +206,7 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
         except SpecError as error:
             where = document.where((*place, next(iter(changed))))
             raise SpecError(error.message, where=where, remedy=error.remedy) from None
-        parsed.append(Override(chosen, tuple(changed.items())))
+        parsed.append(Override(chosen, tuple(sorted(changed.items()))))
     if selector == Selector():
         raise SpecError(
             "a rule says where its method acts",
@@ -286,9 +286,7 @@ def _validated(
     try:
         text = json.dumps(options)
     except (TypeError, ValueError):
-        raise SpecError(
-            "an option is not a plain value", where=document.where(at)
-        ) from None
+        raise SpecError("an option is not a plain value", where=document.where(at)) from None
     try:
         made = model_of(method).model_validate_json(text)
     except pydantic.ValidationError as error:

@@ -105,9 +105,7 @@ def _parse(raw: bytes, where: str) -> dict[str, Any]:
     return header
 
 
-def _entry(
-    name: str, entry: Any, where: str
-) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+def _entry(name: str, entry: Any, where: str) -> tuple[torch.dtype, tuple[int, ...], int, int]:
     def wrong(what: str) -> CheckpointError:
         return CheckpointError(f"{name!r}: {what}", where=where)
 

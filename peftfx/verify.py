@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from peftfx.bind import Binding
+from peftfx.binding import Binding
 from peftfx.registry import owner_of
 
 if TYPE_CHECKING:
     from peftfx.engine import Provenance
+
 
 def marks(gm: fx.GraphModule) -> Iterator[fx.Node]:
     """Every mark in *gm* and the graphs nested in it."""
@@ -22,6 +23,18 @@ def marks(gm: fx.GraphModule) -> Iterator[fx.Node]:
                 op="call_function", target=torch.ops.peftfx.site.default
             )
             yield from module.graph.find_nodes(op="call_function", target=torch.ops.peftfx.site)
+
+
+def frozen(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[[fx.Node], bool]:
+    """Tells of a placeholder of *gm* whether it is a parameter that the plan freezes."""
+    values = dict(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=False))
+
+    def of(node: fx.Node) -> bool:
+        value = values.get(node)
+        owner = owner_of(value) if isinstance(value, torch.Tensor) else None
+        return owner is not None and owner.site is None
+
+    return of
 
 
 def provenance(
@@ -44,9 +57,7 @@ def provenance(
                 continue
             for (site, method), p in placed.items():
                 if site == owner.site and f'"{method}"' in str(node.args[4]):
-                    return Provenance(
-                        rule=p.rule, where=p.where, method=method, site=site
-                    )
+                    return Provenance(rule=p.rule, where=p.where, method=method, site=site)
         return None
 
     return of

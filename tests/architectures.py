@@ -96,16 +96,16 @@ def _seeded(make: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
     return build
 
 
-_LLAMA = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, use_cache=False,
-    pad_token_id=0, bos_token_id=1, eos_token_id=2,
-)  # fmt: skip
-_BERT = dict(
-    vocab_size=61, hidden_size=32, intermediate_size=44, num_hidden_layers=2,
-    num_attention_heads=4, max_position_embeddings=32, hidden_dropout_prob=0.0,
-    attention_probs_dropout_prob=0.0, num_labels=3,
-)  # fmt: skip
+_LLAMA = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "use_cache": False, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_BERT = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 44, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 32, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "num_labels": 3,
+}  # fmt: skip
 _GATED = {
     "attention.query": {"q_proj"}, "attention.key": {"k_proj"}, "attention.value": {"v_proj"},
     "attention.output": {"o_proj"}, "mlp.gate": {"gate_proj"}, "mlp.up": {"up_proj"},
@@ -254,7 +254,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         lambda: {"x": torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1))},
         ("mha", "up", "down"),
         {
-            "attention.query": {"mha.in_proj_weight", "mha.in_proj_bias"}, "attention.output": {"out_proj"},
+            "attention.query": {"mha.in_proj_weight", "mha.in_proj_bias"},
+            "attention.output": {"out_proj"},
             "mlp.up": {"up"}, "mlp.down": {"down"}, "head": {"out"},
         },
     ),

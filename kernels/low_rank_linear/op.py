@@ -269,9 +269,7 @@ def _group_backward(ctx: Any, dys: list[Tensor | None], ds: Tensor | None) -> tu
         for dy, w in zip(dys, weights, strict=True)
     ]
     mask = [bool(ctx.needs_input_grad[0]), ctx.a_needs, ctx.b_needs]
-    dx, da, db = torch.ops.peftfx.low_rank_group_backward(
-        full, x, s, weights, a, b, scales, mask
-    )
+    dx, da, db = torch.ops.peftfx.low_rank_group_backward(full, x, s, weights, a, b, scales, mask)
     none = [None] * n
     return (
         dx if mask[0] else None,

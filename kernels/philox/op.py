@@ -94,6 +94,4 @@ _library.define(
 )
 _library.impl("dropout", dropout, "CompositeExplicitAutograd")
 torch.library.register_fake("peftfx::dropout", dropout, lib=_library)
-torch.library.register_autograd(
-    "peftfx::dropout", _backward, setup_context=_setup, lib=_library
-)
+torch.library.register_autograd("peftfx::dropout", _backward, setup_context=_setup, lib=_library)

@@ -49,17 +49,7 @@ def plan(spec: SpecFile, model: Model, auto: Auto = "AutoModel", as_json: AsJson
         print(json.dumps({"trainable": found.trainable, "total": found.total,
                           "placements": found.rows()}, indent=2))  # fmt: skip
         return
-    table = Table("site", "kind", "role", "shape", "method", "parameters", "rule")
-    for row in found.rows():
-        table.add_row(
-            str(row["site"]), str(row["kind"]), " ".join(row["roles"]) or "-",  # type: ignore
-            "×".join(map(str, row["shape"])), str(row["method"]),  # type: ignore
-            f"{row['parameters']:,}", str(row["where"] or row["rule"]),
-        )  # fmt: skip
-    console.print(table)
-    console.print(str(found).splitlines()[1 + len(found.placements)])
-    for refusal in found.refusals:
-        console.print(f"not at {refusal.site.name}: {refusal.reason}", markup=False)
+    print(found)
 
 
 @app.command()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import peftfx.kernels.low_rank_linear.op  # its ops, and philox's dropout
+import peftfx.kernels.low_rank_linear.op  # noqa: F401 - defines the ops used below
 from peftfx.errors import MergeError, PlanError, SpecError
 from peftfx.methods.method import Acts, Call, Method, Param
 from peftfx.site import Site
@@ -34,8 +34,9 @@ class LoRA(Method):
 
     Shapes, for a linear ``[N, K]``: A ``[R, K]``, B ``[N, R]``; an embedding ``[V, D]``: A
     ``[R, V]``, B ``[D, R]``; a convolution ``[N, K/g, *k]``: A ``[R, K, *k]`` over all channels,
-    B ``[N, R/g, 1, …]`` in the base's groups (as HF PEFT has it; with g > 1 there is no merge). A starts as He et al.'s uniform noise and B as zeros (an embedding's A
-    as zeros and B as normal noise), so that the model starts as the base.
+    B ``[N, R/g, 1, …]`` in the base's groups (as HF PEFT has it; with g > 1 there is no merge).
+    A starts as He et al.'s uniform noise and B as zeros (an embedding's A as zeros and B as normal
+    noise), so that the model starts as the base.
     """
 
     name: ClassVar[str] = "lora"
@@ -142,7 +143,7 @@ class LoRA(Method):
         if site.kind.startswith("conv"):
             if int(site.attrs["groups"]) > 1:
                 raise MergeError(
-                    "A sees all channels and the grouped weight only its own: it has no merged form",
+                    "A sees all channels and the grouped weight only its own: no merged form",
                     site=site.name,
                     remedy="keep the adapter unmerged",
                 )
@@ -154,9 +155,7 @@ class LoRA(Method):
         wide = torch.promote_types(w.dtype, torch.float32)
         return (w.to(wide) + self.delta(p, site).to(wide)).to(w.dtype)
 
-    def merge_bias(
-        self, bias: Tensor | None, p: Mapping[str, Tensor], site: Site
-    ) -> Tensor | None:
+    def merge_bias(self, bias: Tensor | None, p: Mapping[str, Tensor], site: Site) -> Tensor | None:
         if not self.bias:
             return bias
         if bias is None:

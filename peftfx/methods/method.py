@@ -111,9 +111,7 @@ class Method(ABC):
         """The merged parameter of *site*: a new tensor of the shape and dtype of ``w``."""
         raise MergeError(f"method {self.name!r} cannot be merged", site=site.name)
 
-    def merge_bias(
-        self, bias: Tensor | None, p: Mapping[str, Tensor], site: Site
-    ) -> Tensor | None:
+    def merge_bias(self, bias: Tensor | None, p: Mapping[str, Tensor], site: Site) -> Tensor | None:
         """The merged bias of the site's module; *bias* itself where the method leaves it alone."""
         return bias
 

@@ -17,9 +17,10 @@ import transformers
 from torch import Tensor, nn
 
 from peftfx.backends import adapt
-from peftfx.checkpoint import load, save
+from peftfx.checkpoint import save
 from peftfx.errors import SpecError
 from peftfx.files import write_directory
+from peftfx.loading import load
 from peftfx.log import logger
 from peftfx.operations import named_parameters
 from peftfx.spec import Spec
@@ -205,9 +206,7 @@ def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer | None:
     groups = []
     for head in (False, True):
         for decays in (False, True):
-            chosen = [
-                p for n, p in named if (":train." in n) == head and (p.ndim > 1) == decays
-            ]
+            chosen = [p for n, p in named if (":train." in n) == head and (p.ndim > 1) == decays]
             if chosen:
                 groups.append(
                     {

@@ -11,8 +11,8 @@ from typing import Any
 import transformers
 from torch import nn
 
-from peftfx.bind import bound
-from peftfx.checkpoint import load
+from peftfx.binding import bound
+from peftfx.loading import load
 
 
 class Trainer(transformers.Trainer):

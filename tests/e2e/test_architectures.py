@@ -44,9 +44,7 @@ def test_equal_to_peft(arch: Architecture, tmp_path: Path) -> None:
     theirs = reference(arch, base)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = copy.deepcopy(base)
-    peftfx.load(
-        ours, tmp_path / "theirs", trainable=True, compile=False, example=example_of(arch)
-    )
+    peftfx.load(ours, tmp_path / "theirs", trainable=True, compile=False, example=example_of(arch))
     expected = output(theirs, x)
     assert relative(expected, output(base, x)) > 1e-2  # the adapter does something
 
@@ -88,7 +86,7 @@ def test_equal_to_peft(arch: Architecture, tmp_path: Path) -> None:
 
 
 def _peft_keys(model: nn.Module) -> dict[str, str]:
-    from peftfx.bind import bound
+    from peftfx.binding import bound
     from peftfx.peft_format import keys_of
 
     placements = bound(model)[1].adapters["default"].plan.placements

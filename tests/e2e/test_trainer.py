@@ -76,7 +76,7 @@ def test_plain_loop_learns() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
 
 
@@ -112,9 +112,7 @@ def _eager(model: nn.Module, x: dict[str, Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_accumulation_and_checkpointing_give_the_same(
-    tmp_path: Path, checkpointing: bool
-) -> None:
+def test_accumulation_and_checkpointing_give_the_same(tmp_path: Path, checkpointing: bool) -> None:
     found = []
     for batch, steps in ((4, 1), (2, 2)):
         torch._dynamo.reset()

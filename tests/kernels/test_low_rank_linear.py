@@ -58,9 +58,7 @@ shapes = st.tuples(
 
 
 @given(shapes, st.sampled_from(list(BOUND)), st.booleans(), st.integers(0, 9))
-def test_forward(
-    shape: tuple[Any, ...], dtype: torch.dtype, drops: bool, site: int
-) -> None:
+def test_forward(shape: tuple[Any, ...], dtype: torch.dtype, drops: bool, site: int) -> None:
     lead, k, n, r = shape
     c = Case(lead, k, n, r, dtype)
     seed, p = (torch.tensor(11), 0.3) if drops else (None, 0.0)
@@ -126,9 +124,7 @@ def test_opcheck(drops: bool) -> None:
     seed, p = (torch.tensor(5), 0.3) if drops else (None, 0.0)
     for t in (c.x, c.a, c.bb):
         t.requires_grad_()
-    torch.library.opcheck(
-        OPS.low_rank_linear.default, (c.x, c.w, c.b, *c.low(seed, p, 1))
-    )
+    torch.library.opcheck(OPS.low_rank_linear.default, (c.x, c.w, c.b, *c.low(seed, p, 1)))
     torch.library.opcheck(OPS.low_rank_add.default, (c.y, c.x, *c.low(seed, p, 1)))
     for first in (True, False):
         torch.library.opcheck(OPS.low_rank_linear_group.default, group(c, d, first))

@@ -1,0 +1,165 @@
+"""The record of a bound model: which adapters it has, which are active, what they replaced.
+
+A :class:`Binding` hangs on the model and goes with it through ``deepcopy`` and pickling.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import cast
+
+from torch import Tensor, nn
+
+from peftfx import mark
+from peftfx.errors import AdapterError, BindError, NotAdaptedError, nearest
+from peftfx.methods.method import Acts, Method
+from peftfx.methods.train import VALUE
+from peftfx.plans import Placement, Plan
+from peftfx.site import SLOT
+from peftfx.spec import Spec
+
+ATTRIBUTE = "_peftfx"
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+SURGERY = "release the model before changing its modules, and bind it again afterwards"
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass
+class Adapter:
+    """One named adapter of a bound model.
+
+    ``stored`` has the tensors of each placement while they are not in the model's slots.
+    """
+
+    name: str
+    spec: Spec
+    plan: Plan
+    trainable: bool = True
+    stored: list[Tensors] | None = None
+
+    def __post_init__(self) -> None:
+        for tensors in self.stored or []:
+            for tensor in tensors.values():
+                if isinstance(tensor, nn.Parameter):
+                    tensor.requires_grad_(self.trainable)
+
+
+@dataclass
+class Binding:
+    """The record of a bound model. ``active`` maps adapter names to weights."""
+
+    adapters: dict[str, Adapter] = field(default_factory=dict)
+    active: dict[str, float] = field(default_factory=dict)
+    acts: dict[str, Acts] = field(default_factory=dict)  # site name -> where its mark really sits
+    base: dict[str, nn.Parameter] = field(default_factory=dict)  # kept aside, by qualified name
+    flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before
+    installed: list[tuple[Placement, Method]] = field(default_factory=list)
+    aside: dict[str, nn.Parameter] = field(default_factory=dict)  # trained values while disabled
+    unmerged: dict[str, nn.Parameter] = field(default_factory=dict)  # originals while merged
+    enabled: bool = True
+    fixed: bool = False  # the graph has its adapter built in: nothing can be switched
+
+    proven: bool = False
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapters are merged into the weights."""
+        return bool(self.unmerged)
+
+    def adapter(self, name: str) -> Adapter:
+        """The adapter of that name, or :class:`AdapterError`."""
+        if name not in self.adapters:
+            raise AdapterError(f"no adapter {name!r}", remedy=nearest(name, self.adapters))
+        return self.adapters[name]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The plain model inside what ``torch.compile``, DDP or accelerate put around it."""
+    while True:
+        inner = model._modules.get("_orig_mod") or (
+            model._modules.get("module") if hasattr(model, "require_backward_grad_sync") else None
+        )
+        if inner is None:
+            return model
+        model = inner
+
+
+def binding_of(model: nn.Module) -> Binding | None:
+    """The binding of *model*, None where it is not bound."""
+    return cast("Binding | None", unwrap(model).__dict__.get(ATTRIBUTE))
+
+
+def bound(model: nn.Module) -> tuple[nn.Module, Binding]:
+    """The plain model and its binding, or :class:`BindError`."""
+    model = unwrap(model)
+    binding = binding_of(model)
+    if binding is None:
+        raise BindError(
+            f"this {type(model).__name__} is not adapted",
+            remedy="call peftfx.adapt(model, spec) or backend.bind(model) first",
+        )
+    return model, binding
+
+
+def check_name(name: str) -> None:
+    """Adapter names become file and parameter names: anything else is refused."""
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise AdapterError(
+            f"{name!r} cannot name an adapter",
+            remedy="use 1 to 64 letters, digits, '_' and '-'",
+        )
+
+
+def refuse_fixed(binding: Binding) -> None:
+    """Raises :class:`BindError` where the adapter is built into a rewritten graph."""
+    if binding.fixed:
+        raise BindError(
+            "this graph has its adapter built in: it cannot be switched, mixed or merged",
+            remedy="do so on the model, and rewrite it again",
+        )
+
+
+def parameter(model: nn.Module, name: str) -> nn.Parameter:
+    """The parameter of that qualified name, past any mark."""
+    path, _, leaf = name.rpartition(".")
+    found = model.get_submodule(path)._parameters[leaf]
+    if found is None:
+        raise BindError("the parameter is gone", site=name)
+    return found
+
+
+def entry_of(model: nn.Module, placement: Placement) -> mark.Entry:
+    """The slot entry of a placement."""
+    try:
+        slot = model.get_submodule(placement.site.module)._modules.get(SLOT)
+    except AttributeError:
+        slot = None
+    entry = slot._modules.get(placement.method.name) if slot is not None else None
+    if not isinstance(entry, mark.Entry):
+        raise NotAdaptedError(
+            "the module that carried the adapter here was replaced",
+            site=placement.site.name,
+            remedy=SURGERY,
+        )
+    return entry
+
+
+def tensors_of(model: nn.Module, binding: Binding, name: str) -> list[Tensors]:
+    """The tensors of an adapter, one mapping for each placement of its plan."""
+    adapter = binding.adapter(name)
+    if adapter.stored is not None:
+        return adapter.stored
+    found: list[Tensors] = []
+    for p in adapter.plan:
+        if not p.method.trains:
+            found.append({})
+        elif p.method.acts == "parameter":
+            aside = binding.aside.get(p.site.name)
+            live = parameter(model, p.site.name) if aside is None else aside
+            found.append({VALUE: live})
+        else:
+            found.append(entry_of(model, p).tensors())
+    return found

@@ -1,0 +1,171 @@
+"""Installing adapters: their tensors go into the slots and parameters of a bound model, and out.
+
+Nothing here changes a graph: marks read the slots at each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import nn
+
+from peftfx import mark
+from peftfx.binding import Binding, Tensors, entry_of, parameter, refuse_fixed, tensors_of
+from peftfx.methods.method import Method, float_dtype
+from peftfx.methods.train import VALUE
+from peftfx.plans import Placement, Plan
+from peftfx.registry import own, owner_of
+from peftfx.spec import Spec
+
+
+def create(model: nn.Module, plan: Plan, spec: Spec) -> list[Tensors]:
+    """Fresh tensors for every placement, on the device of its site."""
+    values = []
+    for p in plan:
+        like = parameter(model, p.site.name)
+        made: Tensors = {}
+        for name, param in p.method.params(p.site).items():
+            if p.method.acts == "parameter":
+                made[name] = nn.Parameter(like.detach().clone())
+                continue
+            dtype = float_dtype(like.dtype, spec.dtype)
+            value = torch.empty(param.shape, dtype=dtype, device=like.device)
+            with torch.no_grad():
+                param.init(value)
+            made[name] = nn.Parameter(value)
+        for name, buffer in p.method.buffers(p.site).items():
+            made[name] = buffer.to(like.device)
+        values.append(made)
+    return values
+
+
+def swap(model: nn.Module, binding: Binding, names: tuple[str, ...], new: nn.Parameter) -> None:
+    """Puts *new* in the place of a parameter, under all the *names* given.
+
+    The base's own parameter object is kept aside by its first name.
+    """
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        current = owner._parameters[leaf]
+        assert current is not None
+        binding.base.setdefault(name, current)
+        owner._parameters[leaf] = new
+
+
+def restore(model: nn.Module, binding: Binding, names: tuple[str, ...]) -> nn.Parameter:
+    """Puts the base's own parameter back; gives what was in its place."""
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(path)
+        current, original = owner._parameters[leaf], binding.base.pop(name, None)
+        assert current is not None
+        if original is None:
+            continue
+        if original.device != current.device or original.dtype != current.dtype:
+            original.data = original.data.to(current.device, current.dtype)
+        owner._parameters[leaf] = original
+    return current
+
+
+def place_all(model: nn.Module, binding: Binding, plan: Plan) -> None:
+    """Sets the marks of *plan*, switched off."""
+    for p in plan:
+        if p.method.acts != "parameter":
+            owner = model.get_submodule(p.site.module)
+            mark.place(owner, p.site, p.method, binding.acts.get(p.site.name))
+
+
+def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -> None:
+    """Makes *weights* the active adapters: their tensors go into the slots and marks go on."""
+    uninstall(model, binding)
+    binding.active = dict(weights)
+    single = len(weights) == 1 and next(iter(weights.values())) == 1.0
+    if single:
+        adapter = binding.adapters[next(iter(weights))]
+        assert adapter.stored is not None
+        found = [(p, p.method, t) for p, t in zip(adapter.plan, adapter.stored, strict=True)]
+        adapter.stored = None
+    else:
+        found = list(_mixed(model, binding))
+    for p, method, tensors in found:
+        if not p.method.trains:
+            continue
+        if p.method.acts == "parameter":
+            value = tensors[VALUE]
+            new = value if isinstance(value, nn.Parameter) else nn.Parameter(value, False)
+            current = parameter(model, p.site.name)
+            if new.device != current.device:
+                new.data = new.data.to(current.device)
+            swap(model, binding, (p.site.name, *p.site.aliases), new)
+        else:
+            entry = entry_of(model, p)
+            device = parameter(model, p.site.name).device
+            for name, tensor in tensors.items():
+                if tensor.device == device:
+                    continue
+                if isinstance(tensor, nn.Parameter):
+                    tensor.data = tensor.data.to(device)
+                else:
+                    tensors[name] = tensor.to(device)
+            entry.fill(method, tensors)
+        binding.installed.append((p, method))
+        for tensor in tensors.values():
+            own(tensor, model, p.site.name)
+    set_keys(model, binding)
+    for frozen in model.parameters():
+        if not frozen.requires_grad and owner_of(frozen) is None:
+            own(frozen, model, None)
+
+
+def _key(binding: Binding, p: Placement, method: Method) -> str:
+    strict = any(binding.adapters[a].spec.strict for a in binding.active)
+    return method.key(p.site, binding.acts.get(p.site.name), strict)
+
+
+def set_keys(model: nn.Module, binding: Binding) -> None:
+    """Switches the marks of the active adapters on or off, as the binding says."""
+    on = binding.enabled and not binding.merged
+    refuse_fixed(binding)
+    for p, method in binding.installed:
+        if p.method.acts != "parameter":
+            entry_of(model, p).key = _key(binding, p, method) if on else ""
+
+
+def uninstall(model: nn.Module, binding: Binding) -> None:
+    """Takes the active adapters' tensors back out of the slots; their marks go off."""
+    taken: dict[tuple[str, str], Tensors] = {}
+    for p, _ in binding.installed:
+        if p.method.acts == "parameter":
+            value = restore(model, binding, (p.site.name, *p.site.aliases))
+            taken[p.site.name, p.method.name] = {VALUE: value}
+        else:
+            entry = entry_of(model, p)
+            taken[p.site.name, p.method.name] = entry.tensors()
+            entry.empty()
+    if len(binding.active) == 1:
+        adapter = binding.adapters.get(next(iter(binding.active)))
+        if adapter is not None and adapter.stored is None:
+            adapter.stored = [taken.get((p.site.name, p.method.name), {}) for p in adapter.plan]
+    binding.installed.clear()
+    binding.active = {}
+
+
+def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Method, Tensors]]:
+    parts: dict[tuple[str, str], list[tuple[float, Placement, Tensors]]] = {}
+    for name, weight in binding.active.items():
+        adapter = binding.adapters[name]
+        for p, tensors in zip(adapter.plan, tensors_of(model, binding, name), strict=True):
+            if p.method.trains:
+                at = (p.site.name, p.method.name)
+                parts.setdefault(at, []).append((weight, p, tensors))
+    for found in parts.values():
+        p = found[0][1]
+        extra = {}
+        if p.method.acts == "parameter":
+            extra = {"base": parameter(model, p.site.name)}
+        given = [(w, q.method, {**t, **extra}) for w, q, t in found]
+        with torch.no_grad():
+            method, tensors = p.method.mix(given, p.site)
+        yield p, method, {n: t.detach() for n, t in tensors.items()}
