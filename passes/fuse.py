@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -46,7 +47,7 @@ class Fuse:
         return None
 
 
-def _operands(linear: fx.Node) -> tuple[fx.Node, fx.Node | None]:
+def _operands(linear: fx.Node) -> tuple[Any, Any]:
     given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | linear.kwargs
     return given["weight"], given.get("bias")
 

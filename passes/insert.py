@@ -36,7 +36,7 @@ class Insert:
             provenance = context.provenance(mark)
             recorder = Recorder(gm.graph, self.name, provenance)
             with gm.graph.inserting_before(mark):
-                out = decode(key).apply(
+                out: Any = decode(key).apply(
                     recorder.wrap(y),
                     recorder.wrap(x),
                     recorder.wrap(list(tensors)),

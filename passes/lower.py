@@ -143,14 +143,14 @@ def _op_name(node: fx.Node) -> str | None:
 
 def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) -> None:
     """Puts the aten graph of *form* in the place of *node*."""
-    flat: list[fx.Node] = []
+    flat: list[fx.Node] = []  # every occurrence, in order
 
-    def tensors_of(values: Any) -> list[Tensor]:
-        found: list[Tensor] = []
-        fx.node.map_arg(values, lambda n: (flat.append(n), found.append(n.meta["val"]))[0])
-        return found
+    def note(arg: fx.Node) -> fx.Node:
+        flat.append(arg)
+        return arg
 
-    values = tensors_of(node.args)
+    fx.node.map_arg(node.args, note)
+    values: list[Tensor] = [n.meta["val"] for n in flat]
 
     def on_tensors(*tensors: Tensor) -> Any:
         given = iter(tensors)

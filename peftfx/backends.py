@@ -7,6 +7,7 @@ model that is not bound yet it binds it first and asks Dynamo to trace again.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -35,7 +36,9 @@ class Backend:
     ``reports`` has the engine's report of each graph that was compiled last.
     """
 
-    def __init__(self, spec: Spec | Mapping[str, Any] | str | None, lower: Lower = "auto") -> None:
+    def __init__(
+        self, spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None, lower: Lower = "auto"
+    ) -> None:
         if not callable(lower) and lower not in LOWERS:
             raise SpecError(f"lower={lower!r} is not known", remedy=nearest(str(lower), LOWERS))
         self.spec = None if spec is None else Spec.of(spec)
@@ -165,7 +168,9 @@ def _example(root: dynamo.Root) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return root.args, root.kwargs
 
 
-def backend(spec: Spec | Mapping[str, Any] | str, lower: Lower = "auto") -> Backend:
+def backend(
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str], lower: Lower = "auto"
+) -> Backend:
     """A backend for ``torch.compile`` that adapts the model by *spec*.
 
     Args:
@@ -178,7 +183,7 @@ def backend(spec: Spec | Mapping[str, Any] | str, lower: Lower = "auto") -> Back
 
 def adapt(
     model: nn.Module,
-    spec: Spec | Mapping[str, Any] | str,
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
     example: Example = None,
     adapter: str = "default",
     lower: Lower = "auto",

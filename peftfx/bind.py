@@ -6,6 +6,7 @@ Bind makes the adapter's tensors parameters of the model, freezes the rest and s
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,7 +28,7 @@ from peftfx.binding import (
     unwrap,
 )
 from peftfx.checkpoint import save
-from peftfx.errors import BindError, NotAdaptedError, PeftfxError, TraceError
+from peftfx.errors import AdapterError, BindError, NotAdaptedError, PeftfxError, TraceError
 from peftfx.install import create, install, place_all, set_keys, uninstall
 from peftfx.log import logger
 from peftfx.methods.method import Acts
@@ -40,7 +41,7 @@ from peftfx.trace import Trace, trace
 
 def bind(
     model: nn.Module,
-    spec: Spec | Mapping[str, Any] | str,
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
     example: Any = None,
     adapter: str = "default",
     *,
@@ -207,9 +208,9 @@ def release(model: nn.Module) -> nn.Module:
         for p in adapter.plan:
             if p.method.acts != "parameter":
                 mark.clear(model.get_submodule(p.site.module))
-    for name, p in model.named_parameters():
-        p.requires_grad_(binding.flags.get(name, p.requires_grad))
-        disown(p)
+    for name, own in model.named_parameters():
+        own.requires_grad_(binding.flags.get(name, own.requires_grad))
+        disown(own)
     for key in [k for k, f in model._forward_pre_hooks.items() if f is _before_root]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -252,8 +253,12 @@ def _save_pretrained(model: nn.Module, save_directory: Any, **options: Any) -> N
     if not options.get("is_main_process", True):
         return
     _, binding = bound(model)
-    for name in binding.active:
-        save(model, save_directory, adapter=name)
+    if len(binding.active) != 1:
+        raise AdapterError(
+            f"{len(binding.active)} adapters are active: they cannot share a directory",
+            remedy="peftfx.save(model, directory, adapter=…) for each",
+        )
+    save(model, save_directory, adapter=next(iter(binding.active)))
 
 
 def _quiet_hf(model: nn.Module) -> None:
@@ -270,8 +275,8 @@ def _quiet_hf(model: nn.Module) -> None:
     model.__dict__["enable_input_require_grads"] = functools.partial(_require_input_grads, model)
 
 
-def _require_input_grads(model: nn.Module) -> None:
-    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+def _require_input_grads(model: Any) -> None:
+    embeddings = model.get_input_embeddings()
     model._require_grads_hook = embeddings.register_forward_hook(_require_grad)
     model._require_grads_hooks = [model._require_grads_hook]
 

@@ -8,6 +8,7 @@ weights that the adapter was trained on.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -22,6 +23,7 @@ from peftfx import files, fingerprint, peft_format
 from peftfx import tensors as tensor_files
 from peftfx.binding import Binding, Tensors, binding_of, bound, parameter, tensors_of
 from peftfx.errors import CheckpointError, PlanError, SpecError
+from peftfx.install import base_of
 from peftfx.log import logger
 from peftfx.methods.method import float_dtype
 from peftfx.plans import Placement, Plan, make_plan
@@ -196,14 +198,16 @@ def read(
     path = Path(directory)
     files.recover(path)
     spec, keys_of, weights, known = _describe(path, model)
+    binding = binding_of(model)
     try:
-        plan, _ = make_plan(model, spec, example)
+        with base_of(model, binding) if binding is not None else contextlib.nullcontext():
+            plan, _ = make_plan(model, spec, example)
     except (PlanError, SpecError) as error:
         raise CheckpointError(
             f"the adapter does not fit this {type(model).__name__}: {error}", where=str(path)
         ) from error
     values = _values(path, plan, keys_of, weights)
-    _check_base(model, binding_of(model), plan, known)
+    _check_base(model, binding, plan, known)
     return spec, _on_sites(model, plan, spec, values)
 
 

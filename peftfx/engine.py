@@ -288,7 +288,9 @@ class Recorder(GraphAppendingTracer):
 
     def wrap(self, value: Any) -> Any:
         """Proxies for the nodes in *value*."""
-        return fx.node.map_arg(value, self.proxy)
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.wrap(v) for v in value)
+        return self.proxy(value) if isinstance(value, fx.Node) else value
 
 
 def give_value(node: fx.Node) -> None:

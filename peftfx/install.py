@@ -6,6 +6,7 @@ Nothing here changes a graph: marks read the slots at each call.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -56,11 +57,11 @@ def swap(model: nn.Module, binding: Binding, names: tuple[str, ...], new: nn.Par
 
 def restore(model: nn.Module, binding: Binding, names: tuple[str, ...]) -> nn.Parameter:
     """Puts the base's own parameter back; gives what was in its place."""
+    current = parameter(model, names[0])
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
-        current, original = owner._parameters[leaf], binding.base.pop(name, None)
-        assert current is not None
+        original = binding.base.pop(name, None)
         if original is None:
             continue
         if original.device != current.device or original.dtype != current.dtype:
@@ -169,3 +170,22 @@ def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Meth
         with torch.no_grad():
             method, tensors = p.method.mix(given, p.site)
         yield p, method, {n: t.detach() for n, t in tensors.items()}
+
+
+@contextmanager
+def base_of(model: nn.Module, binding: Binding) -> Iterator[None]:
+    """Inside the block, *model* is its base: marks are off, trained parameters put aside."""
+    taken = [p for p, _ in binding.installed if p.method.acts == "parameter"]
+    taken = [p for p in taken if p.site.name not in binding.aside]
+    enabled, binding.enabled = binding.enabled, False
+    for p in taken:
+        names = (p.site.name, *p.site.aliases)
+        binding.aside[p.site.name] = restore(model, binding, names)
+    set_keys(model, binding)
+    try:
+        yield
+    finally:
+        for p in taken:
+            swap(model, binding, (p.site.name, *p.site.aliases), binding.aside.pop(p.site.name))
+        binding.enabled = enabled
+        set_keys(model, binding)

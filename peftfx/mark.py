@@ -8,7 +8,7 @@ backend is adapted all the same, merely unfused. Only :mod:`peftfx.passes.insert
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -130,14 +130,15 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _read(module: nn.Module, name: str) -> Tensor:
     """The weight of *module* as others see it: with the marks of the entries that act on it."""
     w: Tensor = module._parameters[name]  # type: ignore[assignment]
-    for entry in module._modules[SLOT].children():  # type: ignore[union-attr]
+    slot: Any = module._modules[SLOT]
+    for entry in slot.children():
         if entry.key and entry.acts == "weight":
             w = _mark(module, entry, None, w)
     return w
 
 
 @functools.cache
-def _reading(cls: type[nn.Module], name: str) -> type[nn.Module]:
+def _reading(cls: Any, name: str) -> type[nn.Module]:
     """A subclass of *cls* whose parameter *name* is read through :func:`_read`.
 
     For weights that are used without their module being called; parameters stay where they are.
@@ -155,7 +156,7 @@ def _reading(cls: type[nn.Module], name: str) -> type[nn.Module]:
 _BASE = "_peftfx_base_class"
 
 
-def _new(cls: type[nn.Module], name: str) -> nn.Module:
+def _new(cls: Any, name: str) -> nn.Module:
     adapted = _reading(cls, name)
     return adapted.__new__(adapted)
 
@@ -180,7 +181,8 @@ def place(module: nn.Module, site: Site, method: Method, acts: Acts | None = Non
     if acts == "input" and not hooked(module, before):
         module.register_forward_pre_hook(before, with_kwargs=True)
     if acts == "weight" and not hasattr(type(module), _BASE):
-        module.__class__ = _reading(type(module), site.parameter)
+        kind: Any = type(module)
+        module.__class__ = _reading(kind, site.parameter)
     return entry
 
 
@@ -227,7 +229,7 @@ def _tables(module: nn.Module) -> Iterator[tuple[dict[int, Any], dict[int, Any],
 def reference(
     y: Tensor | None,
     x: Tensor,
-    tensors: list[Tensor],
+    tensors: Sequence[Tensor],
     seed: Tensor | None,
     key: str,
     training: bool,
@@ -235,7 +237,7 @@ def reference(
     """What a mark computes: the method's own math, outside autocast (its dtypes are explicit)."""
     decoded = decode(key)
     with torch.autocast(x.device.type, enabled=False):
-        out = decoded.apply(y, x, tensors, training=training, seed=seed)
+        out = decoded.apply(y, x, list(tensors), training=training, seed=seed)
     like = x if y is None else y
     if out.shape != like.shape or out.dtype != like.dtype:
         raise NotAdaptedError(
@@ -289,7 +291,8 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     needs_y, needs_x, needs_t = ctx.needs_input_grad[:3]
     flags = needs_t if isinstance(needs_t, (list, tuple)) else [needs_t] * ctx.count
     with torch.enable_grad():
-        y_, x_ = _leaf(y, needs_y), _leaf(x, needs_x)
+        y_ = None if y is None else _leaf(y, needs_y)
+        x_ = _leaf(x, needs_x)
         leaves = [_leaf(t, f) for t, f in zip(tensors, flags, strict=True)]
         out = reference(y_, x_, leaves, seed, ctx.key, ctx.training)
         wanted = [t for t in (y_, x_, *leaves) if t is not None and t.requires_grad]
@@ -298,9 +301,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grads[0], grads[1], grads[2:], None, None, None
 
 
-def _leaf(t: Tensor | None, needs: bool) -> Tensor | None:
-    if t is None:
-        return None
+def _leaf(t: Tensor, needs: bool) -> Tensor:
     return t.detach().requires_grad_(needs and t.is_floating_point())
 
 

@@ -28,7 +28,7 @@ from peftfx.binding import (
 )
 from peftfx.checkpoint import read
 from peftfx.errors import AdapterError, BindError, MergeError
-from peftfx.install import create, install, place_all, restore, set_keys, swap
+from peftfx.install import base_of, create, install, place_all
 from peftfx.plans import make_plan
 from peftfx.registry import disown
 from peftfx.site import SLOT
@@ -83,7 +83,7 @@ def insert(
 ) -> Adapter:
     """Adds an adapter with fresh tensors, or with *tensors* for each placement of its plan."""
     model, binding = bound(model)
-    with _base(model):
+    with base_of(model, binding):
         plan, traced = make_plan(model, spec, example)
         if traced is not None:
             binding.acts.update(forms(plan, traced))
@@ -155,33 +155,8 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     refuse_fixed(binding)
     if binding.merged:
         raise MergeError("the model is merged", remedy="call peftfx.unmerge(model) first")
-    if not binding.enabled:
+    with base_of(inner, binding):
         yield model
-        return
-    with _base(inner):
-        binding.enabled = False
-        set_keys(inner, binding)
-        try:
-            yield model
-        finally:
-            binding.enabled = True
-            set_keys(inner, binding)
-
-
-@contextmanager
-def _base(model: nn.Module) -> Iterator[None]:
-    """Inside the block, the base's own parameters are in their places."""
-    model, binding = bound(model)
-    taken = [p for p, _ in binding.installed if p.method.acts == "parameter"]
-    taken = [p for p in taken if p.site.name not in binding.aside]
-    for p in taken:
-        names = (p.site.name, *p.site.aliases)
-        binding.aside[p.site.name] = restore(model, binding, names)
-    try:
-        yield
-    finally:
-        for p in taken:
-            swap(model, binding, (p.site.name, *p.site.aliases), binding.aside.pop(p.site.name))
 
 
 def parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -106,7 +107,7 @@ class Plan:
 
 
 def make_plan(
-    model: nn.Module, spec: Spec | Mapping[str, Any] | str, example: Any = None
+    model: nn.Module, spec: Spec | Mapping[str, Any] | str | os.PathLike[str], example: Any = None
 ) -> tuple[Plan, Trace | None]:
     """The plan of *spec*, and the trace of the model where roles or an example called for one."""
     spec = Spec.of(spec)

@@ -85,11 +85,9 @@ def _mark(gm: fx.GraphModule, call: fx.Node, entry: Any) -> fx.Node:
     x = call.args[0] if call.args else next(iter(call.kwargs.values()))
     graph = gm.graph
     with graph.inserting_before(call):
-        y = _written_out(graph, path, module, x)
-        tensors = [
-            graph.get_attr(f"{path}.{SLOT}.{entry.method.name}.{name}") for name in entry.names
-        ]
-        tensors += [graph.get_attr(f"{path}.{name}") for name in entry.reads]
+        y = _written_out(gm, path, module, x)
+        tensors = [_attr(gm, f"{path}.{SLOT}.{entry.method.name}.{n}") for n in entry.names]
+        tensors += [_attr(gm, f"{path}.{name}") for name in entry.reads]
         seed = None
         if entry.drops and module.training:
             seed = graph.call_function(torch.randint, (0, 2**62, ()), {"dtype": torch.int64})
@@ -101,10 +99,19 @@ def _mark(gm: fx.GraphModule, call: fx.Node, entry: Any) -> fx.Node:
     return mark
 
 
-def _written_out(graph: fx.Graph, path: str, module: nn.Module, x: Any) -> fx.Node:
-    kind = kind_of(module)
-    weight = graph.get_attr(f"{path}.weight")
-    bias = graph.get_attr(f"{path}.bias") if getattr(module, "bias", None) is not None else None
+def _attr(gm: fx.GraphModule, path: str) -> fx.Node:
+    """A tensor of *gm*, read at the graph's start, so that any group of its users can be joined."""
+    with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
+        node = gm.graph.get_attr(path)
+    owner, _, leaf = path.rpartition(".")
+    node.meta[engine.VALUE] = getattr(gm.get_submodule(owner), leaf)
+    return node
+
+
+def _written_out(gm: fx.GraphModule, path: str, module: nn.Module, x: Any) -> fx.Node:
+    graph, kind = gm.graph, kind_of(module)
+    weight = _attr(gm, f"{path}.weight")
+    bias = _attr(gm, f"{path}.bias") if getattr(module, "bias", None) is not None else None
     if kind == "linear":
         return graph.call_function(F.linear, (x, weight, bias))
     attrs = attrs_of(module, kind)
@@ -178,7 +185,8 @@ def _conv(kind: Any) -> Callable[..., nn.Module]:
         assert isinstance(weight, Tensor)
         n = weight.ndim - 2
         defaults = ([1] * n, [0] * n, [1] * n, 1)
-        stride, padding, dilation, groups = (*args[3:7], *defaults[len(args[3:7]) :])
+        given: tuple[Any, ...] = (*args[3:7], *defaults[len(args[3:7]) :])
+        stride, padding, dilation, groups = given
         made = kind(
             weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), tuple(stride),
             tuple(padding), tuple(dilation), groups, bias="bias" in owner._parameters,

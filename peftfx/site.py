@@ -107,12 +107,11 @@ def _is_norm(module: nn.Module) -> bool:
 
 def attrs_of(module: nn.Module, kind: str) -> Mapping[str, Any]:
     """Static call arguments of a module, as plain values that can go into a mark's key."""
+    names: tuple[str, ...] = ()
     if kind.startswith("conv"):
         names = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
     elif kind == "embedding":
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    else:
-        return {}
     return {n: getattr(module, n) for n in names}
 
 

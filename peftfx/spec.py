@@ -213,8 +213,7 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
             where=document.where(at),
             remedy="select by " + ", ".join(SELECTORS),
         )
-    where = document.where(at) if document.lines else None
-    return Rule(made, selector, tuple(parsed), where)
+    return Rule(made, selector, tuple(parsed), document.where(at) if document.lines else None)
 
 
 def _options(method: type[Method]) -> list[str]:

@@ -43,14 +43,14 @@ def test_files_are_short() -> None:
     assert not long
 
 
-MOST = 620  # the aim is 400; bind.py and the tables of the tests are above it
+MOST = 440  # lines
 
 
 def test_private_names_of_torch_are_in_one_file() -> None:
     private = "dynamo|inductor|functorch|subclasses|higher_order_ops"
     pattern = re.compile(rf"torch\._({private})|functorch")
-    allowed = {ROOT / "peftfx" / "dynamo.py", ROOT / "peftfx" / "bypass_situations.py",
-               ROOT / "peftfx" / "bypass.py"}  # fmt: skip
+    bypass = set((ROOT / "peftfx" / "bypass").glob("*.py"))
+    allowed = {ROOT / "peftfx" / "dynamo.py", *bypass}
     found = [
         str(f)
         for f in SOURCES

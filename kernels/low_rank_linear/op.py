@@ -26,8 +26,8 @@ _LOW_RANK = "Tensor A, Tensor B, Tensor? lora_bias, Tensor scale, Tensor? seed, 
 SCHEMAS = {
     "low_rank_add": f"(Tensor y, Tensor x, {_LOW_RANK}) -> (Tensor, Tensor)",
     "low_rank_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_LOW_RANK}) -> (Tensor, Tensor)",
-    "low_rank_linear_group": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] A, Tensor[] B,"
-    " Tensor?[] lora_biases, Tensor[] scales) -> (Tensor[], Tensor)",
+    "low_rank_linear_group": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] A,"
+    " Tensor[] B, Tensor?[] lora_biases, Tensor[] scales) -> (Tensor[], Tensor)",
     "low_rank_backward": "(Tensor dy, Tensor x, Tensor S, Tensor? weight, Tensor A, Tensor B,"
     " Tensor scale, Tensor? seed, float p, int site, bool[] mask)"
     " -> (Tensor, Tensor, Tensor)",

@@ -178,7 +178,6 @@ def _trainer(job: Job, model: nn.Module, train: Texts, test: Texts) -> tuple[Any
         logging_steps=10,
         seed=job.seed,
         report_to="none",
-        dataloader_drop_last=len(train) > job.batch_size,
         dataloader_pin_memory=False,
     )
     clock = _Clock()

@@ -25,13 +25,13 @@ class Trainer(transformers.Trainer):
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
-        _load(model or self.model, resume_from_checkpoint)
+        _load(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         _load(self.model, str(self.state.best_model_checkpoint))
 
 
-def _load(model: nn.Module, directory: str) -> None:
+def _load(model: Any, directory: str) -> None:
     _, binding = bound(model)
     for name in binding.active:
         load(model, directory, adapter=name)

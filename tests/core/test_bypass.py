@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from peftfx import bypass_situations
 from peftfx.bypass import SITUATIONS, try_one
-
-assert bypass_situations
 
 
 def test_table_is_large() -> None:

@@ -177,7 +177,7 @@ CORPUS: dict[str, Callable[[Path], None]] = {
     "wrong dtype": _set(lambda t: t.to(torch.int32)),
     "wrong shape": _set(lambda t: t[:, :-1].contiguous()),
     "extra key": _edit_weights(lambda v: v.update(extra=torch.zeros(2))),
-    "missing key": _edit_weights(lambda v: v.pop(_first(v)) and None),
+    "missing key": _edit_weights(lambda v: v.__delitem__(_first(v))),
     "many empty tensors": _edit_weights(
         lambda v: v.update({f"e{i}": torch.empty(0) for i in range(3000)})
     ),

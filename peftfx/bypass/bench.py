@@ -7,7 +7,7 @@ out has to be the adapted result, or an error; never the base's result, and neve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.backends import Backend
-from peftfx.binding import binding_of
-from peftfx.errors import PeftfxError
+from peftfx.binding import binding_of, entry_of
 from peftfx.operations import parameters
+
+Result = Tensor | tuple[Tensor, Tensor]
 
 SPEC: dict[str, Any] = {
     "rules": [{"method": "lora", "name": ["*.up", "*.down", "head"], "rank": 2, "alpha": 3}]
@@ -76,7 +77,7 @@ class Model(nn.Module):
         return self(x)
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(block: nn.Module, x: Tensor) -> Tensor:
     return block(x)
 
@@ -116,8 +117,8 @@ class Bench:
         assert binding is not None
         found: dict[str, Tensor] = {}
         for p, _m in binding.installed:
-            entry = model.get_submodule(p.site.module).peftfx.lora  # type: ignore[union-attr]
-            found[p.site.name] = (entry.B @ entry.A * 1.5).detach()  # alpha / rank
+            entry = entry_of(model, p).tensors()
+            found[p.site.name] = (entry["B"] @ entry["A"] * 1.5).detach()  # alpha / rank
         plain = self.model()
         with torch.no_grad():
             for name, delta in found.items():
@@ -139,71 +140,6 @@ def situation(name: str) -> Callable[[Situation], Situation]:
     return add_to_table
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table. ``verdict``: adapted, refused, torch's error, SILENT or WRONG."""
-
-    situation: str
-    fullgraph: bool
-    verdict: str
-    detail: str = ""
-
-    @property
-    def holds(self) -> bool:
-        return self.verdict in ("adapted", "refused", "torch's error")
-
-
-def try_one(name: str, fullgraph: bool) -> Row:
-    """Runs one situation in a fresh state and judges what comes out."""
-    from peftfx import bypass_situations  # noqa: F401 - fills the table
-
-    torch._dynamo.reset()
-    generator = torch.Generator().manual_seed(7)
-    bench = Bench(fullgraph, torch.randn(2, 5, 6, generator=generator))
-    base = bench.model()(bench.x).detach()
-    try:
-        result = SITUATIONS[name](bench)
-    except PeftfxError as error:
-        return Row(name, fullgraph, "refused", f"{type(error).__name__}: {error.message}")
-    except Exception as error:
-        typed = _typed(error)
-        if typed is not None:
-            return Row(name, fullgraph, "refused", f"{type(typed).__name__}: {typed.message}")
-        text = str(error).strip().splitlines()
-        return Row(
-            name, fullgraph, "torch's error", f"{type(error).__name__}: {text[0] if text else ''}"
-        )
-    finally:
-        torch._dynamo.reset()
-    out, expected = result if isinstance(result, tuple) else (result, bench.expected())
-    out = out.detach()
-    loose = 6e-2 if out.dtype in (torch.bfloat16, torch.float16) else 1e-4
-    if out.shape == expected.shape and torch.allclose(
-        out.double(), expected.double(), rtol=loose, atol=loose
-    ):
-        return Row(name, fullgraph, "adapted")
-    if out.shape == base.shape and torch.allclose(
-        out.double(), base.double(), rtol=loose, atol=loose
-    ):
-        return Row(name, fullgraph, "SILENT", "the base's result")
-    return Row(name, fullgraph, "WRONG", "neither the base's result nor the adapter's")
-
-
-def _typed(error: BaseException) -> PeftfxError | None:
-    seen: BaseException | None = error
-    while seen is not None:
-        inner = getattr(seen, "inner_exception", None)
-        for found in (seen, inner):
-            if isinstance(found, PeftfxError):
-                return found
-        seen = seen.__cause__ or seen.__context__
-    return None
-
-
-def run() -> Iterator[Row]:
-    """The table, row by row."""
-    from peftfx import bypass_situations  # noqa: F401 - fills the table
-
-    for name in SITUATIONS:
-        for fullgraph in (False, True):
-            yield try_one(name, fullgraph)
+def config(**patches: Any) -> Any:
+    """Dynamo's configuration with *patches*, inside the block."""
+    return torch._dynamo.config.patch(**patches)
