@@ -54,8 +54,13 @@ def mask(text: str, names: tuple[str, ...]) -> str:
     return re.sub(r"\s+", " ", text).strip()[:600]
 
 
-def build(directory: Path, train: int = 416, test: int = 96) -> dict[str, int]:
-    """Writes ``train.csv`` and ``test.csv``; gives the number of texts in each."""
+def build(directory: Path, train: int = 340, test: int = 64, classes: int = 5) -> dict[str, int]:
+    """Writes ``train.csv`` and ``test.csv``; gives the number of texts in each.
+
+    Args:
+        train, test: texts of each class.
+        classes: how many packages; the first that have texts enough.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     seen: set[str] = set()
@@ -70,10 +75,14 @@ def build(directory: Path, train: int = 416, test: int = 96) -> dict[str, int]:
             side = "test" if hashlib.sha256(module.encode()).digest()[0] < 64 else "train"
             if len(chosen[side]) < (train if side == "train" else test):
                 chosen[side].append(text)
-        if len(chosen["train"]) < 400 or len(chosen["test"]) < 50:
+        if len(chosen["train"]) < train or len(chosen["test"]) < test:
             continue  # too small an installation of it to learn from
         for side, found in chosen.items():
             rows[side] += [(text, package) for text in found]
+        if len(rows["train"]) == classes * train:
+            break
+    else:
+        raise SystemExit(f"fewer than {classes} of {', '.join(PACKAGES)} have texts enough")
     for side, found in rows.items():
         found.sort(key=lambda t: hashlib.sha256(t[0].encode()).digest())
         with (directory / f"{side}.csv").open("w", encoding="utf-8", newline="") as stream:

@@ -45,6 +45,7 @@ class Result:
     steps: int
     labels: list[str]
     history: list[dict[str, Any]]
+    predictions: list[str]  # the label of each evaluated text, in their order
 
 
 class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -125,7 +126,8 @@ def run(job: Job) -> Result:
     start = time.perf_counter()
     trainer.train(resume_from_checkpoint=_last(job.output) if job.resume else None)
     seconds = time.perf_counter() - start
-    metrics = trainer.evaluate()
+    found = trainer.predict(test, metric_key_prefix="eval")
+    metrics = found.metrics
     size = 0
     if job.spec is not None:
         save(model, Path(job.output) / ADAPTER)
@@ -142,6 +144,7 @@ def run(job: Job) -> Result:
         steps=int(trainer.state.global_step),
         labels=labels,
         history=list(trainer.state.log_history),
+        predictions=[labels[i] for i in _guesses(found.predictions).tolist()],
     )
     text = json.dumps(asdict(result), indent=2).encode()
     write_directory(Path(job.output) / "result", {"result.json": text})
@@ -157,6 +160,14 @@ def _last(output: str) -> str | None:
     return found
 
 
+# the option's name in this version of transformers
+_CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in transformers.TrainingArguments.__dataclass_fields__
+)
+
+
 def _trainer(job: Job, model: nn.Module, train: Texts, test: Texts) -> tuple[Any, _Clock]:
     per_epoch = math.ceil(len(train) / (job.batch_size * job.accumulate))
     steps = per_epoch * job.epochs
@@ -169,7 +180,7 @@ def _trainer(job: Job, model: nn.Module, train: Texts, test: Texts) -> tuple[Any
         learning_rate=job.learning_rate,
         weight_decay=job.weight_decay,
         warmup_steps=int(job.warmup * steps),
-        gradient_checkpointing=job.checkpointing,
+        **{_CHECKPOINTING: job.checkpointing},  # type: ignore[arg-type]
         eval_strategy="epoch",
         save_strategy="epoch",
         save_total_limit=2,
@@ -217,10 +228,12 @@ def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer | None:
     return torch.optim.AdamW(groups)
 
 
+def _guesses(logits: Any) -> Any:
+    return (logits[0] if isinstance(logits, tuple) else logits).argmax(-1)
+
+
 def _accuracy(prediction: Any) -> dict[str, float]:
-    logits = prediction.predictions
-    logits = logits[0] if isinstance(logits, tuple) else logits
-    return {"accuracy": float((logits.argmax(-1) == prediction.label_ids).mean())}
+    return {"accuracy": float((_guesses(prediction.predictions) == prediction.label_ids).mean())}
 
 
 def predict(job: Job, adapter: str | None, texts: list[str]) -> Tensor:
