@@ -77,7 +77,8 @@ def main() -> None:
     for name, r in results.items():
         adapter = f"{r['adapter_bytes'] / 1e6:.2f} MB" if r["adapter_bytes"] else "-"
         table.add_row(
-            name, str(VARIANTS[name]["epochs"]), f"{r['accuracy']:.3f}", f"{r['trainable']:,}", adapter,
+            name, str(VARIANTS[name]["epochs"]), f"{r['accuracy']:.3f}",
+            f"{r['trainable']:,}", adapter,
             f"{r['peak_memory'] / 1e6:.0f} MB", f"{r['step_seconds'] * 1e3:.0f} ms",
             f"{r['step_seconds'] / frozen:.2f}",
         )  # fmt: skip
