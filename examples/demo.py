@@ -37,7 +37,7 @@ def base() -> str:
 
 
 def main() -> None:
-    console = Console()
+    console = Console(width=max(100, Console().width))
     start = time.perf_counter()
     RUNS.mkdir(parents=True, exist_ok=True)
     counts = build(RUNS / "data")
