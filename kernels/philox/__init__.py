@@ -1,0 +1,5 @@
+"""The op, and its kernel on the CPU."""
+
+from peftfx.kernels.philox import cpu, op
+
+__all__ = ["cpu", "op"]

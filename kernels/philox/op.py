@@ -38,9 +38,14 @@ def philox(
     return c0, c1, c2, c3
 
 
+def offset(site: int) -> int:
+    """What a site adds to the seed, to have a stream of its own."""
+    return (site * _WEYL[0]) & 0x7FFFFFFF
+
+
 def stream(seed: Tensor, site: int) -> Tensor:
     """The 31-bit key of a site's own stream; int64, shape ``[]``."""
-    return (seed + site * _WEYL[0]) & 0x7FFFFFFF
+    return (seed + offset(site)) & 0x7FFFFFFF
 
 
 def uniform(seed: Tensor, site: int, shape: Sequence[int], device: torch.device) -> Tensor:
@@ -77,6 +82,11 @@ def dropout(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
     return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
 
 
+def uniform_like(like: Tensor, seed: Tensor, site: int) -> Tensor:
+    """Uniform fp32 numbers in [0, 1) of the shape of *like*. Also an op, without a gradient."""
+    return uniform(seed, site, like.shape, like.device)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, seed, ctx.p, ctx.site = inputs
     ctx.save_for_backward(seed)
@@ -87,11 +97,17 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.peftfx.dropout(grad, seed, ctx.p, ctx.site), None, None, None
 
 
-_library = torch.library.Library("peftfx", "FRAGMENT")
-_library.define(
+library = torch.library.Library("peftfx", "FRAGMENT")
+library.define(
     "dropout(Tensor x, Tensor seed, float p, int site) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-_library.impl("dropout", dropout, "CompositeExplicitAutograd")
-torch.library.register_fake("peftfx::dropout", dropout, lib=_library)
-torch.library.register_autograd("peftfx::dropout", _backward, setup_context=_setup, lib=_library)
+library.define(
+    "uniform_like(Tensor like, Tensor seed, int site) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.impl("uniform_like", uniform_like, "CompositeExplicitAutograd")
+torch.library.register_fake("peftfx::uniform_like", uniform_like, lib=library)
+library.impl("dropout", dropout, "CompositeExplicitAutograd")
+torch.library.register_fake("peftfx::dropout", dropout, lib=library)
+torch.library.register_autograd("peftfx::dropout", _backward, setup_context=_setup, lib=library)
