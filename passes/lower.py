@@ -7,6 +7,7 @@ by its definition, so that the inner compiler fuses what it can.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from peftfx import dynamo
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
+from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.passes import cost
+from peftfx.passes.cpu import Compiled, Folded
+from peftfx.passes.gpu import Accumulate, Triton
 
 
 class Claim(Protocol):
@@ -35,8 +40,10 @@ class Claim(Protocol):
         """None if the claim takes this call (fake tensors for tensors), else the reason."""
         ...
 
-    def emit(self, op: str, *args: Any) -> Any:
-        """The form, traceable."""
+    @property
+    def emit(self) -> Callable[..., Any] | None:
+        """The form, called with the op's name and arguments, traceable. None: the op stays as it
+        is, and its own kernel is called."""
         ...
 
 
@@ -45,13 +52,14 @@ class Definition:
     """The op's own definition: always right, never refused."""
 
     name: str = "definition"
-    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, "dropout")
+    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, *prefix.DEFINITIONS, "dropout")
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None
 
     def emit(self, op: str, *args: Any) -> Any:
-        return {**low_rank.DEFINITIONS, "dropout": philox.dropout}[op](*args)
+        definitions = {**low_rank.DEFINITIONS, **prefix.DEFINITIONS, "dropout": philox.dropout}
+        return definitions[op](*args)
 
 
 @dataclass(frozen=True)
@@ -65,10 +73,9 @@ class InductorRandom:
     ops: tuple[str, ...] = ("dropout",)
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        numel = args[0].numel()
-        if not isinstance(numel, int):
-            numel = numel.node.hint or 0
-        return None if numel < 2**31 else "an index has more than 31 bits"
+        if dynamo.hint(args[0].numel()) >= 2**31:
+            return "an index has more than 31 bits"
+        return None
 
     def emit(self, op: str, *args: Any) -> Any:
         x, seed, p, site = args
@@ -76,8 +83,8 @@ class InductorRandom:
         return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
 
 
-CLAIMS: list[Claim] = [Definition()]
-INDUCTOR_CLAIMS: list[Claim] = [InductorRandom(), *CLAIMS]
+CLAIMS: list[Claim] = [Compiled(), Folded(), Triton(), Accumulate(), Definition()]
+INDUCTOR_CLAIMS: list[Claim] = [Compiled(), InductorRandom(), *CLAIMS[1:]]
 
 
 @dataclass(frozen=True)
@@ -88,36 +95,42 @@ class Choice:
     op: str
     claim: str
     refusals: tuple[tuple[str, str], ...] = ()
+    cost: str = ""  # operations, bytes and time as predicted
 
     def __str__(self) -> str:
+        price = f", {self.cost}" if self.cost else ""
         why = "".join(f"; not {name}: {reason}" for name, reason in self.refusals)
-        return f"{self.node} ({self.op}): {self.claim}{why}"
+        return f"{self.node} ({self.op}): {self.claim}{price}{why}"
 
 
 @dataclass
 class LowerPass:
-    """A callable on graphs, in the form that Inductor's post-grad hook wants: it has a ``uuid``."""
+    """A callable on graphs; ``uuid`` identifies to a compiler's cache what it would do."""
 
     claims: Sequence[Claim] = field(default_factory=lambda: list(CLAIMS))
     choices: list[Choice] = field(default_factory=list)
 
     def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
         graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
-        while found := [(n, name) for n in graph.nodes if (name := _op_name(n)) is not None]:
-            for node, name in found:  # forms may use ops of ours: another round lowers those
-                self._lower(graph, node, name)
+        kept: set[fx.Node] = set()
+        while found := [n for n in graph.nodes if n not in kept and _op_name(n) is not None]:
+            for node in found:  # forms may use ops of ours: another round lowers those
+                if not self._lower(graph, node):
+                    kept.add(node)
         graph.lint()
 
     def uuid(self) -> Any:
         """Identifies the lowering to Inductor's cache: its sources and claims."""
-        digest = hashlib.sha256()
-        for module in (__file__, low_rank.__file__, philox.__file__):
-            digest.update(Path(str(module)).read_bytes())
+        digest = hashlib.sha256(_sources())
         digest.update(",".join(c.name for c in self.claims).encode())
+        digest.update(repr(cost.settings()).encode())
         return digest.hexdigest()
 
-    def _lower(self, graph: fx.Graph, node: fx.Node, name: str) -> None:
-        args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
+    def _lower(self, graph: fx.Graph, node: fx.Node) -> bool:
+        """Puts the chosen form in the node's place; False if the node stays."""
+        name = _op_name(node)
+        assert name is not None
+        args = fx.node.map_arg(node.args, dynamo.fake_value)
         refusals = []
         for claim in self.claims:
             if name not in claim.ops:
@@ -126,8 +139,23 @@ class LowerPass:
             if reason is None:
                 break
             refusals.append((claim.name, reason))
-        self.choices.append(Choice(node.name, name, claim.name, tuple(refusals)))
-        splice(graph, node, lambda *given: claim.emit(name, *given), args)
+        price = cost.predict(name, args, claim.name)
+        self.choices.append(Choice(node.name, name, claim.name, tuple(refusals), price))
+        emit = claim.emit
+        if emit is None:
+            return False
+        splice(graph, node, lambda *given: emit(name, *given), args)
+        return True
+
+
+@functools.cache
+def _sources() -> bytes:
+    """A digest of what lowering is made of: passes, kernels, their tables."""
+    digest = hashlib.sha256()
+    for directory in (Path(__file__).parent, Path(str(low_rank.__file__)).parents[1]):
+        for file in sorted(f for kind in ("*.py", "*.c", "*.json") for f in directory.rglob(kind)):
+            digest.update(file.read_bytes())
+    return digest.digest()
 
 
 def _op_name(node: fx.Node) -> str | None:
@@ -150,7 +178,7 @@ def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) 
         return arg
 
     fx.node.map_arg(node.args, note)
-    values: list[Tensor] = [n.meta["val"] for n in flat]
+    values: list[Tensor] = [dynamo.fake_value(n) for n in flat]
 
     def on_tensors(*tensors: Tensor) -> Any:
         given = iter(tensors)

@@ -7,7 +7,8 @@ put anything in their place that agrees with them. ``x [..., K]``, ``W [N, K]``,
 ``B [N, R]``, ``scale [1]``, ``S [..., R]``. All products are in the dtype of x (``low_rank_add``:
 of y); A and B are cast to it, and their gradients come back in their own.
 
-Saved for the backward, besides parameters: x and S. Dropout is regenerated from its seed.
+Saved for the backward, besides parameters: x and S; where A is frozen (LoRA-FA), S alone. Dropout
+is regenerated from its seed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peftfx.kernels.philox.op  # the op peftfx::dropout
+from peftfx.errors import NotAdaptedError
 
 assert peftfx.kernels.philox.op
 _library = torch.library.Library("peftfx", "FRAGMENT")
@@ -196,7 +198,12 @@ for _name, _definition in DEFINITIONS.items():
 def _save(ctx: Any, output: Any, x: Tensor, weight: Tensor | None, rest: tuple[Any, ...]) -> None:
     ctx.set_materialize_grads(False)
     a, b, _, scale, seed, ctx.p, ctx.site = rest
-    ctx.save_for_backward(x, output[1], weight, a, b, scale, seed)
+    ctx.save_for_backward(_kept(x, a.requires_grad), output[1], weight, a, b, scale, seed)
+
+
+def _kept(x: Tensor, needed: bool) -> Tensor:
+    """x for the backward; where no A trains, one element that has its shape and dtype."""
+    return x if needed else x.new_empty(()).expand(x.shape)
 
 
 def _grads(ctx: Any, dy: Tensor, need_x: bool, need_a: bool, need_b: bool) -> list[Tensor | None]:
@@ -232,8 +239,9 @@ def _add_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Any, 
 def _linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weight, _, *rest = inputs
     if weight.requires_grad:
-        raise RuntimeError(
-            "peftfx::low_rank_linear gives no gradient to its weight: use low_rank_add"
+        raise NotAdaptedError(
+            "the frozen weight of an adapted linear requires a gradient, and would get none",
+            remedy="call requires_grad_(False) on it, or add a `train` rule for it",
         )
     _save(ctx, output, x, weight, tuple(rest))
 
@@ -251,13 +259,14 @@ def _linear_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[An
 def _group_setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, weights, biases, a, b, lora_biases, scales = inputs
     if any(t is not None and t.requires_grad for t in (*weights, *biases, *lora_biases)):
-        raise RuntimeError("peftfx::low_rank_linear_group gives gradients to x, A and B alone")
+        raise NotAdaptedError("low_rank_linear_group gives gradients to x, A and B alone")
     ctx.count = len(weights)
     # autograd takes a list of optional tensors for one leaf as soon as one of them is missing
     ctx.leaves = [any(t is None for t in biases), any(t is None for t in lora_biases)]
     ctx.a_needs = any(t.requires_grad for t in a)
     ctx.b_needs = any(t.requires_grad for t in b)
-    ctx.save_for_backward(x, output[1], *weights, *a, *b, *scales)
+    held = _kept(x, ctx.a_needs)
+    ctx.save_for_backward(held, output[1], *weights, *a, *b, *scales)
 
 
 def _group_backward(ctx: Any, dys: list[Tensor | None], ds: Tensor | None) -> tuple[Any, ...]:

@@ -1,0 +1,129 @@
+"""``peftfx::sparse_add``: what a linear computes, plus a sparse update of its weight.
+
+    y + x·ΔWᵀ,   ΔW zero but at n chosen places
+
+``y [..., N]``, ``x [..., K]``, ``values [n]``, ``index [n]`` int64: ``row * K + column`` of each
+value, strictly increasing. ΔW is never dense: the forward is a product with a sparse matrix, and
+the backward computes the gradient at the n places alone. Products are in fp32 at least; the result
+has the dtype of y.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("peftfx", "FRAGMENT")
+SCHEMAS = {
+    "sparse_add": "(Tensor y, Tensor x, Tensor values, Tensor index) -> Tensor",
+    "sparse_add_backward": "(Tensor dy, Tensor x, Tensor values, Tensor index, bool[] mask)"
+    " -> (Tensor, Tensor)",
+}
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+with warnings.catch_warnings():  # torch says once that sparse CSR is in beta
+    warnings.simplefilter("ignore")
+    torch.sparse_csr_tensor(torch.tensor([0, 0]), torch.tensor([], dtype=torch.int64), [], (1, 1))
+
+CHUNK = 2**22  # elements that the gathered form holds at once
+
+
+def sparse_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """``y + x·ΔWᵀ``."""
+    n, k = y.shape[-1], x.shape[-1]
+    flat = x.reshape(-1, k)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if index.numel() == 0 or flat.numel() == 0:
+        return y.clone()
+    if products(flat.device):
+        update = (matrix(values.to(dtype), index, n, k) @ flat.to(dtype).t()).t()  # [M, N]
+    else:
+        update = gathered(flat.to(dtype), values.to(dtype), index, n)
+    return (y + update.reshape(y.shape)).to(y.dtype)
+
+
+def sparse_add_backward(
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    """dX and dvalues. What *mask* leaves out comes back empty."""
+    n, k = dy.shape[-1], x.shape[-1]
+    dtype = torch.promote_types(dy.dtype, torch.float32)
+    dx, dv = x.new_empty(0), values.new_empty(0)
+    rows, flat = dy.reshape(-1, n).to(dtype), x.reshape(-1, k).to(dtype)
+    if mask[0]:
+        back = torch.argsort(index % k * n + index // k)  # ΔWᵀ, row by row
+        turned = (index % k * n + index // k)[back]
+        zero = torch.zeros_like(x, dtype=dtype)
+        dx = sparse_add(zero, rows.reshape(dy.shape), values[back], turned).to(x.dtype)
+    if mask[1]:
+        if index.numel() == 0 or rows.numel() == 0:
+            dv = torch.zeros_like(values)
+        elif products(rows.device):
+            empty = matrix(torch.zeros_like(values, dtype=dtype), index, n, k)
+            dv = torch.sparse.sampled_addmm(empty, rows.t(), flat, beta=0.0).values()
+        else:
+            dv = sampled(rows, flat, index)
+        dv = dv.to(values.dtype)
+    return dx, dv
+
+
+def products(device: torch.device) -> bool:
+    """Whether torch has products with sparse matrices there; on a CPU they are MKL's."""
+    return device.type != "cpu" or torch.backends.mkl.is_available()
+
+
+def matrix(values: Tensor, index: Tensor, n: int, k: int) -> Tensor:
+    """ΔW [N, K] as a sparse matrix in rows."""
+    starts = torch.arange(n + 1, device=index.device, dtype=index.dtype) * k
+    return torch.sparse_csr_tensor(
+        torch.searchsorted(index, starts), index % k, values, (n, k), check_invariants=False
+    )
+
+
+def gathered(x: Tensor, values: Tensor, index: Tensor, n: int) -> Tensor:
+    """``x·ΔWᵀ`` by gathering columns, a bounded number at once."""
+    k, out = x.shape[1], x.new_zeros(x.shape[0], n)
+    step = max(CHUNK // x.shape[0], 1)
+    for part, v in zip(index.split(step), values.split(step), strict=True):
+        out.index_add_(1, part // k, x[:, part % k] * v)
+    return out
+
+
+def sampled(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
+    """``dYᵀ·X`` at the places of *index*, by gathering columns, a bounded number at once."""
+    k, step = x.shape[1], max(CHUNK // x.shape[0], 1)
+    return torch.cat([(dy[:, i // k] * x[:, i % k]).sum(0) for i in index.split(step)])
+
+
+def _fake(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, mask: list[bool]
+) -> tuple[Tensor, Tensor]:
+    dx = torch.empty_like(x) if mask[0] else x.new_empty(0)
+    return dx, torch.empty_like(values) if mask[1] else values.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, values, index = inputs
+    ctx.save_for_backward(x, values, index)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+    x, values, index = ctx.saved_tensors
+    mask = [bool(n) for n in ctx.needs_input_grad[1:3]]
+    dx, dv = torch.ops.peftfx.sparse_add_backward(dy, x, values, index, mask)
+    return dy, dx if mask[0] else None, dv if mask[1] else None, None
+
+
+_library.impl("sparse_add", sparse_add, "CompositeExplicitAutograd")
+_library.impl("sparse_add_backward", sparse_add_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("peftfx::sparse_add", _fake, lib=_library)
+torch.library.register_fake("peftfx::sparse_add_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("peftfx::sparse_add", _backward, setup_context=_setup, lib=_library)

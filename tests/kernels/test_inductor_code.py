@@ -1,0 +1,63 @@
+"""What Inductor makes of the lowered ops on a GPU, read from its code; the GPU is pretended."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+FORWARD = ["s", "fwd"]
+BACKWARD = ["dsb", "da", "dx"]
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.inductor_without_gpu",
+         "triton", "opaque", "accumulate"],
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def test_launches_are_inductors_own(code: dict[str, Any]) -> None:
+    """One op and one group, forward and backward: each kernel once, and no call into Python."""
+    found = code["triton"]
+    assert found["claims"] == ["triton"] and not found["ops"] and not found["library"]
+    names = [n.removeprefix("low_rank_linear_").removesuffix("_kernel") for n in found["launches"]]
+    for name in FORWARD + BACKWARD:
+        assert names.count(name) == 2, names
+    # S and dS of each, and dB and dA of each
+    assert names.count("sum") == 8 and len(names) == 18
+
+
+def test_written_out_source_compiles(code: dict[str, Any]) -> None:
+    compiled = code["triton"]["compiled"]
+    assert len(compiled) == 6
+    assert (
+        compiled["low_rank_linear_fwd_kernel"] == compiled["low_rank_linear_dx_kernel"] == "wgmma"
+    )
+
+
+@pytest.mark.parametrize("form", ["triton", "opaque", "accumulate"])
+def test_no_size_is_baked_in(code: dict[str, Any], form: str) -> None:
+    """Nothing but that indices fit in 31 bits is asked of a free M."""
+    assert all(guard.endswith("<= 2147483647") for guard in code[form]["guards"])
+
+
+def test_opaque_ops_stay(code: dict[str, Any]) -> None:
+    found = code["opaque"]
+    assert not found["launches"] and len(found["ops"]) == 4
+    assert all(op.startswith("triton_low_rank") for op in found["ops"])
+
+
+def test_library_products_accumulate(code: dict[str, Any]) -> None:
+    found = code["accumulate"]
+    assert not found["launches"] and found["ops"] == ["sum_of_products"]
+    assert any("not accumulate: dropout masks" in choice for choice in found["choices"])

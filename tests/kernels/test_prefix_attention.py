@@ -1,0 +1,185 @@
+"""Prefix attention: both forms against softmax over joined keys, written anew in fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peftfx.kernels.prefix_attention import op
+from tests.helpers import relative
+
+BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
+
+
+class Case:
+    """Operands with H query heads, K key heads and N prefix heads."""
+
+    def __init__(
+        self, heads: tuple[int, int, int] = (4, 2, 2), s: int = 5, t: int = 7, p: int = 3,
+        d: int = 8, mask: str = "none", dtype: torch.dtype = torch.float64, seed: int = 0,
+        values: int | None = None,
+    ) -> None:  # fmt: skip
+        g = torch.Generator().manual_seed(seed)
+        h, k, n = heads
+
+        def made(*shape: int, of: torch.dtype = dtype) -> Tensor:
+            return torch.randn(*shape, generator=g, dtype=torch.float64).to(of)
+
+        wide = torch.promote_types(dtype, torch.float32)
+        width = values or d
+        self.q, self.k, self.v = made(2, h, s, d), made(2, k, t, d), made(2, k, t, width)
+        self.pk, self.pv = made(n, p, d, of=wide), made(n, p, width, of=wide)
+        self.causal, self.scale = mask == "causal", 0.4
+        self.mask: Tensor | None = None
+        self.bias: Tensor | None = None
+        if mask in ("bool", "dead rows"):
+            self.mask = torch.rand(2, 1, s, t, generator=g) > 0.4
+            if mask == "dead rows":
+                self.mask[1, :, :2] = False  # as left padding leaves them
+        if mask in ("float", "bias"):
+            self.mask = made(1, h, s, t)
+        if mask == "bias":
+            self.bias = made(1, h, s, p)
+
+    def args(self) -> tuple[Any, ...]:
+        return (self.q, self.k, self.v, self.pk, self.pv, self.mask, self.bias, self.causal,
+                self.scale)  # fmt: skip
+
+
+def reference(c: Case) -> Tensor:
+    """Softmax over [prefix, own] by plain arithmetic."""
+    h = c.q.shape[1]
+    q, k, v, pk, pv = (t.double() for t in (c.q, c.k, c.v, c.pk, c.pv))
+    k, v = (t.repeat_interleave(h // t.shape[1], 1) for t in (k, v))
+    pk, pv = (t.repeat_interleave(h // t.shape[0], 0).expand(2, -1, -1, -1) for t in (pk, pv))
+    own = torch.einsum("bhsd,bhtd->bhst", q, k) * c.scale
+    front = torch.einsum("bhsd,bhpd->bhsp", q, pk) * c.scale
+    if c.mask is not None and c.mask.dtype == torch.bool:
+        own = own.masked_fill(~c.mask, -torch.inf)
+    elif c.mask is not None:
+        own = own + c.mask.double()
+    if c.bias is not None:
+        front = front + c.bias.double()
+    if c.causal:
+        s, t = own.shape[-2:]
+        later = torch.arange(t)[None, :] > torch.arange(s)[:, None]
+        own = own.masked_fill(later, -torch.inf)
+    weights = torch.cat([front, own], -1).softmax(-1)
+    return torch.einsum("bhst,bhtd->bhsd", weights, torch.cat([pv, v], 2))
+
+
+MASKS = ("none", "causal", "bool", "dead rows", "float", "bias")
+HEADS = ((4, 4, 4), (4, 2, 2), (4, 4, 2), (6, 6, 1), (2, 2, 2))
+
+
+@given(
+    st.sampled_from(HEADS), st.integers(1, 6), st.integers(1, 6), st.integers(1, 4),
+    st.sampled_from(MASKS), st.sampled_from(list(BOUND)),
+)  # fmt: skip
+def test_both_forms(
+    heads: tuple[int, int, int], s: int, t: int, p: int, mask: str, dtype: torch.dtype
+) -> None:
+    c = Case(heads, s, t, p, mask=mask, dtype=dtype)
+    expected = reference(c)
+    out, lse = torch.ops.peftfx.prefix_attention(*c.args())
+    assert out.dtype == dtype and out.is_contiguous() and lse.shape == out.shape[:-1]
+    assert relative(out, expected) < BOUND[dtype]
+    assert relative(op.joined(*c.args()), expected) < BOUND[dtype]
+
+
+def with_grads(c: Case, run: Any) -> list[Tensor]:
+    leaves = [c.q, c.k, c.v, c.pk, c.pv]
+    for leaf in leaves:
+        leaf.grad = None
+        leaf.requires_grad_()
+    out = run(*c.args())
+    out = out[0] if isinstance(out, tuple) else out
+    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    (out * weights).sum().backward()
+    return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("values", [8, 5], ids=["flash", "written out"])
+def test_gradients(mask: str, values: int) -> None:
+    """The merged form's own backward, with flash attention and without, against autograd's."""
+    c = Case(mask=mask, values=values)
+    expected = with_grads(c, lambda *_: reference(c))
+    for run in (torch.ops.peftfx.prefix_attention, op.joined):
+        got = with_grads(c, run)
+        assert len(got) == 5
+        assert all(relative(a, b) < 1e-10 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("mask", ["causal", "dead rows", "bias"])
+def test_gradcheck(mask: str) -> None:
+    c = Case(s=3, t=4, p=2, d=4, mask=mask)
+    leaves = tuple(t.requires_grad_() for t in (c.q, c.k, c.v, c.pk, c.pv))
+
+    def run(*tensors: Tensor) -> Tensor:
+        return torch.ops.peftfx.prefix_attention(*tensors, *c.args()[5:])[0]
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize("mask", ["none", "causal", "bool"])
+def test_opcheck(mask: str) -> None:
+    c = Case(mask=mask, dtype=torch.float32)
+    for t in (c.q, c.k, c.v, c.pk, c.pv):
+        t.requires_grad_()
+    torch.library.opcheck(torch.ops.peftfx.prefix_attention.default, c.args())
+
+
+def test_strided_operands_as_models_have_them() -> None:
+    c = Case((4, 2, 2), dtype=torch.float32)
+    expected = torch.ops.peftfx.prefix_attention(*c.args())[0]
+    for name in ("q", "k", "v"):
+        t = getattr(c, name)
+        setattr(c, name, t.transpose(1, 2).contiguous().transpose(1, 2))
+    assert torch.equal(torch.ops.peftfx.prefix_attention(*c.args())[0], expected)
+
+
+def test_autocast_is_attention_s() -> None:
+    c = Case(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out, _ = torch.ops.peftfx.prefix_attention(*c.args())
+    assert out.dtype == torch.bfloat16 and relative(out, reference(c)) < BOUND[torch.bfloat16]
+
+
+def test_the_rule() -> None:
+    c = Case()
+    assert op.why_joined(c.q, c.v, None, 0.0) is None
+    assert "drops" in (op.why_joined(c.q, c.v, None, 0.1) or "")
+    trained = torch.zeros(5, 7, requires_grad=True)
+    assert "trains" in (op.why_joined(c.q, c.v, trained, 0.0) or "")
+    assert "widths" in (op.why_joined(c.q, c.v[..., :3], None, 0.0) or "")
+    elsewhere = torch.empty(1, 1, 1, 8, device="meta")
+    assert "meta" in (op.why_joined(elsewhere, elsewhere, None, 0.0) or "")
+
+
+def test_a_prefix_is_no_key_at_first() -> None:
+    """A prefix of zeros is not the base: its keys take a share of every row."""
+    c = Case()
+    c.pk, c.pv = torch.zeros_like(c.pk), torch.zeros_like(c.pv)
+    out, _ = torch.ops.peftfx.prefix_attention(*c.args())
+    plain = torch.nn.functional.scaled_dot_product_attention(
+        c.q, c.k, c.v, scale=c.scale, enable_gqa=True
+    )
+    assert relative(out, plain) > 1e-2
+
+
+def test_vmap_folds_into_the_batch() -> None:
+    c = Case(mask="causal")
+    rest = c.args()[3:]
+    many = [torch.stack([t, t * 0.5]) for t in (c.q, c.k, c.v)]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.peftfx.prefix_attention(q, k, v, *rest)[0]
+
+    expected = torch.stack([run(*(t[i] for t in many)) for i in range(2)])
+    assert torch.allclose(torch.vmap(run)(*many), expected)

@@ -1,0 +1,101 @@
+"""The sparse update: its definition, its other form, and that no dense update is ever made."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peftfx.kernels.sparse_add import op
+
+SIZES = st.integers(1, 9)
+
+
+def case(m: int, n: int, k: int, share: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(m * 100 + n * 10 + k)
+    count = max(int(share * n * k), 1)
+    index = torch.randperm(n * k, generator=generator)[:count].sort().values
+    made = [torch.randn(s, generator=generator).to(dtype) for s in ((m, n), (m, k), (count,))]
+    return made[0], made[1], made[2], index
+
+
+def dense(values: Tensor, index: Tensor, n: int, k: int) -> Tensor:
+    return torch.zeros(n * k, dtype=values.dtype).index_put((index,), values).reshape(n, k)
+
+
+@given(SIZES, SIZES, SIZES, st.sampled_from([0.1, 0.5, 1.0]))
+def test_equal_to_a_dense_update(m: int, n: int, k: int, share: float) -> None:
+    y, x, values, index = case(m, n, k, share, torch.float64)
+    given_ = [t.requires_grad_() for t in (y, x, values)]
+    out = torch.ops.peftfx.sparse_add(y, x, values, index)
+    want = y + x @ dense(values, index, n, k).t()
+    assert torch.allclose(out, want)
+    weight = torch.randn(out.shape, dtype=out.dtype)
+    got = torch.autograd.grad((out * weight).sum(), given_)
+    expected = torch.autograd.grad((want * weight).sum(), given_)
+    assert all(torch.allclose(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@given(SIZES, SIZES, SIZES, st.sampled_from([0.2, 1.0]), st.sampled_from([1, 2**22]))
+def test_gathered_forms(m: int, n: int, k: int, share: float, chunk: int) -> None:
+    """What is used where torch has no sparse products."""
+    y, x, values, index = case(m, n, k, share, torch.float64)
+    before, op.CHUNK = op.CHUNK, chunk
+    try:
+        update, found = op.gathered(x, values, index, n), op.sampled(y, x, index)
+    finally:
+        op.CHUNK = before
+    assert torch.allclose(update, x @ dense(values, index, n, k).t())
+    assert torch.allclose(found, (y.t() @ x).reshape(-1)[index])
+
+
+def test_gradcheck_and_opcheck() -> None:
+    y, x, values, index = case(3, 4, 5, 0.3, torch.float64)
+    given_ = tuple(t.requires_grad_() for t in (y, x, values))
+    assert torch.autograd.gradcheck(lambda *t: torch.ops.peftfx.sparse_add(*t, index), given_)
+    torch.library.opcheck(torch.ops.peftfx.sparse_add.default, (*given_, index))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("shape", [(2, 3), (0,), (5,)])
+def test_dtypes_and_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    y, x = (torch.randn(*shape, w, generator=generator).to(dtype) for w in (4, 6))
+    values, index = torch.randn(5, generator=generator), torch.tensor([0, 3, 9, 17, 23])
+    x, values = x.requires_grad_(), values.requires_grad_()
+    out = torch.ops.peftfx.sparse_add(y, x, values, index)
+    assert out.dtype == dtype and out.shape == y.shape
+    want = y.float() + x.float() @ dense(values, index, 4, 6).t()
+    assert torch.allclose(out.float(), want, atol=3e-2, rtol=3e-2)
+    out.float().sum().backward()
+    assert x.grad is not None and x.grad.dtype == dtype
+    assert values.grad is not None and values.grad.dtype == torch.float32
+
+
+class Largest(TorchDispatchMode):
+    """The largest dense tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                self.size = max(self.size, t.numel())
+        return out
+
+
+def test_nothing_is_as_large_as_the_weight() -> None:
+    m, n, k = 5, 300, 200
+    y, x, values, index = case(m, n, k, 0.001, torch.float32)
+    with Largest() as seen:
+        op.sparse_add(y, x, values, index)
+        op.sparse_add_backward(y, x, values, index, [True, True])
+    assert seen.size == m * n < n * k / 10
