@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.table import Table
 
-from peftfx.cli import app, console
+from peftfx.cli import app, console, sizes
 from peftfx.errors import SpecError
 from peftfx.explaining import explain as explain_model
 from peftfx.explaining import plan as plan_model
@@ -74,8 +74,9 @@ def check(
 
 @app.command()
 def methods(as_json: AsJson = False) -> None:
-    """List the methods and their options."""
+    """List the methods, their options, and how many values each trains on a Llama of 7B."""
     content: dict[str, Any] = {}
+    model = sizes.llama()
     for name in names():
         method = lookup(name)
         content[name] = {
@@ -87,14 +88,20 @@ def methods(as_json: AsJson = False) -> None:
                 f.name: {"default": f.default, "about": f.metadata.get("doc", "")}
                 for f in dataclasses.fields(method)
             },
+            "peft": method.peft.type or method.peft.beside if method.peft is not None else None,
+            "llama_7b": sizes.size(model, method),
         }
     if as_json:
         print(json.dumps(content, indent=2))
         return
-    table = Table("method", "acts at", "about", "options")
+    table = Table("method", "acts at", "about", "7B trains", "where", "options")
     for name, about in content.items():
         options = ", ".join(f"{o}={v['default']}" for o, v in about["options"].items())
-        table.add_row(name, about["acts"], about["about"], options)
+        found = about["llama_7b"]
+        count = "-" if found["trainable"] is None else f"{found['trainable']:,}"
+        where = found["rule"].get("name") or found["rule"].get("kind") or "-"
+        place = where if isinstance(where, str) else " ".join(where)
+        table.add_row(name, about["acts"], about["about"], count, place, options)
     console.print(table)
 
 

@@ -1,6 +1,7 @@
 """The methods, one file each, and the protocol that they follow."""
 
 from peftfx.methods.method import (
+    Calibration,
     Call,
     Key,
     Method,
@@ -9,17 +10,22 @@ from peftfx.methods.method import (
     float_dtype,
     lookup,
     names,
+    option,
     register,
 )
+from peftfx.methods.peft import PeftForm
 
 __all__ = [
+    "Calibration",
     "Call",
     "Key",
     "Method",
     "Param",
+    "PeftForm",
     "decode",
     "float_dtype",
     "lookup",
     "names",
+    "option",
     "register",
 ]

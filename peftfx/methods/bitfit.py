@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from peftfx.methods.peft import PeftForm
 from peftfx.methods.train import Train
 from peftfx.site import Site
 
@@ -15,6 +16,7 @@ class BitFit(Train):
 
     name: ClassVar[str] = "bitfit"
     paper: ClassVar[str] = "arXiv 2106.10199"
+    peft: ClassVar[PeftForm | None] = None  # PEFT trains biases beside another method alone
 
     def accepts(self, site: Site) -> str | None:
         if "bias" not in site.parameter:

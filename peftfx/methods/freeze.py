@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from peftfx.methods.method import Acts, Method
 from peftfx.site import Site
@@ -16,6 +17,7 @@ class Freeze(Method):
     name: ClassVar[str] = "freeze"
     acts: ClassVar[Acts] = "parameter"
     trains: ClassVar[bool] = False
+    example: ClassVar[Mapping[str, Any]] = {"name": "lm_head"}
 
     def accepts(self, site: Site) -> str | None:
         return None

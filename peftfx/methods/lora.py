@@ -2,199 +2,275 @@
 
     W' = W + s·B·A,   s = alpha / rank,  or alpha / sqrt(rank) when rank-stabilised
 
-Hu et al., 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski, 2023 (arXiv 2312.03732).
+Hu et al., 2021 (arXiv 2106.09685); rank-stabilised scale: Kalajdzievski, 2023 (arXiv 2312.03732);
+LoRA+: Hayou et al., 2024 (arXiv 2402.12354); LoRA-FA: Zhang et al., 2023 (arXiv 2308.03303).
+
+Starts: PiSSA, Meng et al., 2024 (arXiv 2404.02948), and OLoRA, Büyükakyüz, 2024 (arXiv 2406.01775),
+begin with B·A = B₀·A₀ ≠ 0 taken from W. The papers subtract it from W; here the base stays as it is
+and the update is ``s·(B·A - B₀·A₀) = s·[B, -B₀]·[A; A₀]``: the same function and gradients, exact
+on a base of low precision, and nothing to undo. EVA, Paischer et al., 2024 (arXiv 2410.07170),
+takes A from the inputs by ``peftfx.calibrate``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import peftfx.kernels.low_rank_linear.op  # noqa: F401 - defines the ops used below
-from peftfx.errors import MergeError, PlanError, SpecError
-from peftfx.methods.method import Acts, Call, Method, Param
+from peftfx.errors import CheckpointError, PlanError, SpecError
+from peftfx.methods.additive import CONV, LINEAR, LowRank, kaiming, wide
+from peftfx.methods.method import Acts, Calibration, Method, Param, Tensors, option
+from peftfx.methods.peft import PeftForm, Placed
 from peftfx.site import Site
 
-_CONV = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
+FROM_BASE = ("pissa", "olora")
+_INIT = {
+    "gaussian": "gaussian",
+    "orthogonal": "orthogonal",
+    "eva": "eva",
+    **{n: n for n in FROM_BASE},
+}
 
 
-def _doc(text: str, default: Any) -> Any:
-    return field(default=default, metadata={"doc": text})
+class LoraForm(PeftForm):
+    """``LORA``; a start taken from the base is written as the LoRA of twice the rank that it is."""
+
+    def refusal(self, method: Method, site: Site) -> str | None:
+        if site.kind in CONV and any(d != 1 for d in site.attrs["dilation"]):
+            return f"PEFT drops the dilation of {site.module}"
+        return super().refusal(method, site)
+
+    def value(self, method: Method, name: str) -> Any:
+        found = super().value(method, name)
+        assert isinstance(method, LoRA)
+        if method.init in FROM_BASE and name == "rank":
+            return 2 * found
+        if method.init in FROM_BASE and name == "alpha":  # the scale stays
+            return found * (math.sqrt(2) if method.rank_stabilized else 2)
+        return found
+
+    def names(self, method: Method, site: Site) -> dict[str, str]:
+        found = {n: self.keys[n] for n in method.params(site) if n not in ("A0", "B0")}
+        if site.kind == "embedding":
+            found |= {n: "{module}.lora_embedding_" + n for n in "AB"}
+        return found
+
+    def more(self, placed: Placed) -> dict[str, Any]:
+        every = all(site.kind == "hf_conv1d" for site, _ in placed)
+        return {"fan_in_fan_out": every, "init_lora_weights": True, "bias": "none"}
+
+    def rules(
+        self, rule: dict[str, Any], content: Mapping[str, Any], sites: Mapping[str, Site] | None
+    ) -> list[dict[str, Any]]:
+        start = content.get("init_lora_weights", True)
+        if not isinstance(start, str):
+            return [rule]
+        if start.lower() not in _INIT:
+            raise SpecError(
+                f"init_lora_weights={start!r} is not supported: it changed the base weights",
+                remedy="convert the adapter to a plain LoRA with PEFT's save_pretrained("
+                "…, path_initial_model_for_weight_conversion=…)",
+            )
+        return [{**rule, "init": _INIT[start.lower()]}]
+
+    def pack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        found = super().pack(method, site, p)
+        if "A0" in p:
+            found["A"] = torch.cat([p["A"], p["A0"]])
+            found["B"] = torch.cat([p["B"], -p["B0"]], 1)
+        return found
+
+    def unpack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        assert isinstance(method, LoRA)
+        r, found = method.rank, dict(p)
+        if method.init not in FROM_BASE or p["A"].shape[:1] == (r,):
+            return found  # a start taken from the base is made from it again
+        if p["A"].shape[:1] != (2 * r,) or p["B"].shape[1:2] != (2 * r,):
+            raise CheckpointError(f"its rank is neither {r} nor {2 * r}", site=site.name)
+        return {
+            **found,
+            "A": p["A"][:r],
+            "A0": p["A"][r:],
+            "B": p["B"][:, :r],
+            "B0": -p["B"][:, r:],
+        }
+
+
+LORA = LoraForm(
+    "LORA",
+    keys={
+        "A": "{module}.lora_A.weight", "B": "{module}.lora_B.weight",
+        "bias": "{module}.lora_B.bias", "magnitude": "{module}.lora_magnitude_vector",
+    },
+    options={"lora_dropout": "dropout", "use_rslora": "rank_stabilized", "lora_bias": "bias"},
+    varied={"r": ("rank", "rank_pattern"), "lora_alpha": ("alpha", "alpha_pattern")},
+    fixed={"use_dora": False},
+    defaults={"lora_alpha": 8},
+    special=("init_lora_weights", "bias", "fan_in_fan_out"),
+    ignored=(
+        "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
+        "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_ga_config",
+        "arrow_config",
+    ),
+    kinds=(*LINEAR, "embedding", *CONV, "attention"),
+    takes=("modules_to_save", "trainable_token_indices"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRA(Method):
+class LoRA(LowRank):
     """Low-rank adaptation of linears, embeddings and convolutions.
 
-    Shapes, for a linear ``[N, K]``: A ``[R, K]``, B ``[N, R]``; an embedding ``[V, D]``: A
-    ``[R, V]``, B ``[D, R]``; a convolution ``[N, K/g, *k]``: A ``[R, K, *k]`` over all channels,
-    B ``[N, R/g, 1, …]`` in the base's groups (as HF PEFT has it; with g > 1 there is no merge).
     A starts as He et al.'s uniform noise and B as zeros (an embedding's A as zeros and B as normal
-    noise), so that the model starts as the base.
+    noise), so that the model starts as the base; it does so with every ``init``.
     """
 
     name: ClassVar[str] = "lora"
-    kinds: ClassVar[tuple[str, ...]] = (
-        "linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "attention",
-    )  # fmt: skip
+    kinds: ClassVar[tuple[str, ...]] = (*LINEAR, "embedding", *CONV, "attention")
     baked: ClassVar[tuple[str, ...]] = ("dropout", "bias")
     paper: ClassVar[str] = "arXiv 2106.09685"
+    peft: ClassVar[PeftForm | None] = LORA
 
-    rank: int = _doc("Width R of the two factors.", 8)
-    alpha: float = _doc("The update is scaled by alpha / rank.", 16.0)
-    dropout: float = _doc("Probability with which an input is dropped before A, in training.", 0.0)
-    rank_stabilized: bool = _doc("Scale by alpha / sqrt(rank) instead.", False)
-    bias: bool = _doc("A trainable bias on B (PEFT's lora_bias).", False)
+    rank: int = option("Width R of the two factors.", 8)
+    alpha: float = option("The update is scaled by alpha / rank.", 16.0)
+    rank_stabilized: bool = option("Scale by alpha / sqrt(rank) instead.", False)
+    bias: bool = option("A trainable bias on B (PEFT's lora_bias).", False)
+    init: Literal["kaiming", "gaussian", "orthogonal", "pissa", "olora", "eva"] = option(
+        "How A and B start; eva takes A from data, by peftfx.calibrate.", "kaiming"
+    )
+    freeze_a: bool = option("LoRA-FA: train B alone, so that the input is not kept.", False)
+    plus: float = option("LoRA+: B's learning rate is that of A times this.", 1.0)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.rank <= 2**20:
             raise SpecError(f"rank is {self.rank}", remedy="a rank is between 1 and 1048576")
-        if not 0.0 <= self.dropout < 1.0:
-            raise SpecError(f"dropout is {self.dropout}", remedy="a dropout is in [0, 1)")
         if not math.isfinite(self.alpha):
             raise SpecError(f"alpha is {self.alpha}", remedy="alpha is a finite number")
+        if self.init == "pissa" and self.alpha <= 0:
+            raise SpecError(
+                f"alpha is {self.alpha}", remedy="a start by pissa takes a positive one"
+            )
+        if not 0.0 < self.plus < math.inf:
+            raise SpecError(f"plus is {self.plus}", remedy="a ratio is positive; 16 is usual")
+        if self.init == "orthogonal" and self.rank % 2:
+            raise SpecError(f"rank is {self.rank}", remedy="an orthogonal start takes an even one")
 
-    @property
-    def scale(self) -> float:
+    def factor(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def accepts(self, site: Site) -> str | None:
         packed = site.kind == "attention" and site.parameter == "in_proj_weight"
-        reason = None if packed else super().accepts(site)
-        if reason is None and site.attrs.get("padding_mode", "zeros") != "zeros":
-            return f"padding_mode={site.attrs['padding_mode']!r} is not supported"
-        if reason is None and site.attrs.get("max_norm") is not None:
-            return "an embedding with max_norm rewrites its own weight"
-        return reason
+        if self.init not in ("kaiming", "gaussian") and site.kind not in LINEAR:
+            return f"init {self.init} is for linears, this is {site.kind}"
+        return None if packed else super().accepts(site)
 
     def acts_at(self, site: Site) -> Acts:
         # what nn.MultiheadAttention projects is not among its inputs and outputs
         return "weight" if site.kind == "attention" else "output"
 
-    def params(self, site: Site) -> dict[str, Param]:
+    def check(self, site: Site) -> None:
         groups = int(site.attrs.get("groups", 1))
         bound = min(site.in_features * math.prod(site.shape[2:]), site.out_features)
         if self.rank > bound:
             raise PlanError(
                 f"rank {self.rank} is larger than the weight {list(site.shape)} has",
-                site=site.name,
                 remedy=f"use a rank of at most {bound}",
             )
         if self.rank % groups:
             raise PlanError(
                 f"rank {self.rank} cannot be split over {groups} groups",
-                site=site.name,
                 remedy=f"use a multiple of {groups}",
             )
-        if site.kind.startswith("conv"):
+
+    def params(self, site: Site) -> dict[str, Param]:
+        zeros, normal = torch.nn.init.zeros_, torch.nn.init.normal_
+        if site.kind in CONV:
+            groups = int(site.attrs["groups"])
             a = (self.rank, site.in_features, *site.shape[2:])
             b = (site.out_features, self.rank // groups, *(1 for _ in site.shape[2:]))
         else:
             a, b = (self.rank, site.in_features), (site.out_features, self.rank)
-        if site.kind == "embedding":
-            params = {"A": Param(a, torch.nn.init.zeros_), "B": Param(b, torch.nn.init.normal_)}
-        else:
-            params = {"A": Param(a, _kaiming), "B": Param(b, torch.nn.init.zeros_)}
+        first = kaiming if self.init != "gaussian" else lambda t: normal(t, std=1 / self.rank)
+        starts = (zeros, normal) if site.kind == "embedding" else (first, zeros)
+        params = {"A": Param(a, starts[0], not self.freeze_a), "B": Param(b, starts[1])}
         if self.bias:
-            params["bias"] = Param((site.out_features,), torch.nn.init.zeros_)
+            params["bias"] = Param((site.out_features,), zeros)
+        if self.init in FROM_BASE:
+            params |= {"A0": Param(a, zeros, False), "B0": Param(b, zeros, False)}
         return params
 
-    def buffers(self, site: Site) -> dict[str, Tensor]:
-        return {"scale": torch.tensor([self.scale])}
-
-    def draws(self, training: bool) -> bool:
-        return training and self.dropout > 0
-
-    def apply(self, y: Tensor | None, x: Tensor, p: Mapping[str, Tensor], call: Call) -> Tensor:
-        assert y is not None
-        bias = p.get("bias")
-        if call.kind in ("linear", "hf_conv1d"):
-            return torch.ops.peftfx.low_rank_add(  # type: ignore[no-any-return]
-                y, x, p["A"], p["B"], bias, p["scale"], call.seed, self.dropout, call.site
-            )[0]
-        a, b, scale = p["A"].to(y.dtype), p["B"].to(y.dtype), p["scale"].to(y.dtype)
-        if call.kind == "embedding":
-            s = F.embedding(x, a.t(), padding_idx=call.attrs["padding_idx"])  # [..., R]
-            update = (s * scale) @ b.t()
+    def start(self, w: Tensor, p: Tensors, site: Site) -> None:
+        w = w.to(wide(w))
+        w = w.t() if site.kind == "hf_conv1d" else w
+        r = self.rank
+        if self.init == "orthogonal":  # B·A = 0 with neither zero: halves of one orthogonal basis
+            q = torch.linalg.qr(torch.randn(r, r, device=w.device))[0]
+            p["A"].copy_((torch.randn(w.shape[1], r // 2, device=w.device) @ q[0::2]).t() / 10)
+            p["B"].copy_(torch.randn(w.shape[0], r // 2, device=w.device) @ q[1::2] / 10)
+        if self.init not in FROM_BASE:
+            return
+        if self.init == "pissa":
+            u, s, v = torch.linalg.svd(w, full_matrices=False)
+            root = (s[:r] / self.factor()).sqrt()
+            p["A"].copy_(root[:, None] * v[:r])
+            p["B"].copy_(u[:, :r] * root)
         else:
-            conv, attrs = _CONV[call.kind], call.attrs
-            if call.seed is not None:
-                x = torch.ops.peftfx.dropout(x, call.seed, self.dropout, call.site)
-            s = conv(
-                x.to(y.dtype), a, None,
-                attrs["stride"], attrs["padding"], attrs["dilation"],
-            )  # fmt: skip
-            update = conv(s * scale, b, groups=attrs["groups"])
-        if bias is not None:
-            shift = bias.to(y.dtype) * scale
-            update = update + (shift if call.kind == "embedding" else _channels(shift, call.kind))
-        return y + update
+            q, upper = torch.linalg.qr(w)
+            p["A"].copy_(upper[:r])
+            p["B"].copy_(q[:, :r])
+        p["A0"].copy_(p["A"])
+        p["B0"].copy_(p["B"])
 
-    def delta(self, p: Mapping[str, Tensor], site: Site) -> Tensor:
-        """The update ``s·B·A`` in the layout of the site's weight, in at least fp32."""
-        wide = torch.promote_types(p["A"].dtype, torch.float32)
-        a, b, scale = p["A"].to(wide), p["B"].to(wide), p["scale"].to(wide)
-        if site.kind.startswith("conv"):
-            if int(site.attrs["groups"]) > 1:
-                raise MergeError(
-                    "A sees all channels and the grouped weight only its own: no merged form",
-                    site=site.name,
-                    remedy="keep the adapter unmerged",
-                )
-            return (b.flatten(1) @ a.flatten(1)).reshape(site.shape) * scale
-        product = b @ a  # [N, K], an embedding's is [D, V]
-        return (product.t() if site.kind in ("hf_conv1d", "embedding") else product) * scale
+    def calibration(self, site: Site) -> Calibration | None:
+        return Eva(self.rank) if self.init == "eva" else None
 
-    def merge(self, w: Tensor, p: Mapping[str, Tensor], site: Site) -> Tensor:
-        wide = torch.promote_types(w.dtype, torch.float32)
-        return (w.to(wide) + self.delta(p, site).to(wide)).to(w.dtype)
+    def lr_ratio(self, name: str) -> float:
+        return self.plus if name == "B" else 1.0
 
-    def merge_bias(self, bias: Tensor | None, p: Mapping[str, Tensor], site: Site) -> Tensor | None:
-        if not self.bias:
-            return bias
-        if bias is None:
-            raise MergeError("B has a bias, and the module that it merges into has none",
-                             site=site.name)  # fmt: skip
-        return (bias + p["bias"] * p["scale"]).to(bias.dtype)
+    def factors(self, p: Tensors, site: Site) -> tuple[Tensor, Tensor]:
+        if "A0" not in p:
+            return p["A"], p["B"]
+        return torch.cat([p["A"], p["A0"]]), torch.cat([p["B"], -p["B0"]], 1)
 
     def weight_form(self, site: Site) -> str | None:
-        if self.dropout or self.bias:
-            return "dropout and a bias act on what the weight's module computes; it is never called"
-        return None
-
-    def mix(
-        self, parts: Sequence[tuple[float, Method, Mapping[str, Tensor]]], site: Site
-    ) -> tuple[Method, dict[str, Tensor]]:
-        """Ranks are joined: ``Σ wᵢ sᵢ Bᵢ Aᵢ = [w₁s₁B₁ …]·[A₁; …]``."""
-        groups = int(site.attrs.get("groups", 1))
-        a = _join([p["A"] for _, _, p in parts], groups)  # rows of one group stay together
-        b = torch.cat([p["B"] * (w * p["scale"]) for w, _, p in parts], dim=1)
-        tensors = {"A": a, "B": b}
-        biases = [p["bias"] * (w * p["scale"]) for w, _, p in parts if "bias" in p]
-        if biases:
-            tensors["bias"] = torch.stack(biases).sum(0)
-        rank = a.shape[0]
-        mixed = replace(
-            self, rank=rank, alpha=float(rank), rank_stabilized=False, bias=bool(biases)
-        )
-        tensors["scale"] = torch.ones_like(parts[0][2]["scale"])
-        return mixed, tensors
+        if self.bias:
+            return "a bias acts on what the weight's module computes, and it is never called"
+        return super().weight_form(site)
 
 
-def _kaiming(t: Tensor) -> None:
-    torch.nn.init.kaiming_uniform_(t, a=math.sqrt(5))
+class Eva:
+    """A's rows: the principal directions of the inputs, kept up to date batch by batch.
 
+    More are kept than are asked for, so that one which grows late is not lost.
+    """
 
-def _channels(v: Tensor, kind: str) -> Tensor:
-    return v.view(-1, *(1 for _ in range(int(kind[4]))))  # conv2d: [N, 1, 1]
+    sees: Literal["input", "gradient"] = "input"
+    SPARE = 4  # times the rank
 
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+        self.kept: Tensor | None = None  # singular values times right singular vectors
 
-def _join(parts: list[Tensor], groups: int) -> Tensor:
-    chunks = [t.chunk(groups) for t in parts]
-    return torch.cat([chunk for group in zip(*chunks, strict=True) for chunk in group])
+    def see(self, value: Tensor) -> None:
+        rows = value.detach().reshape(-1, value.shape[-1])
+        rows = rows.to(wide(rows))
+        if self.kept is not None:
+            rows = torch.cat([self.kept, rows])
+        _, s, v = torch.linalg.svd(rows, full_matrices=False)
+        self.kept = s[: self.SPARE * self.rank, None] * v[: self.SPARE * self.rank]
+
+    def fill(self, p: Tensors) -> None:
+        assert self.kept is not None
+        if self.kept.shape[0] < self.rank:
+            raise PlanError(
+                f"{self.kept.shape[0]} inputs were seen, for a rank of {self.rank}",
+                remedy="calibrate on more data",
+            )
+        p["A"].copy_(torch.nn.functional.normalize(self.kept[: self.rank], dim=1))
+        p["B"].zero_()

@@ -1,8 +1,8 @@
-"""What a method is: its options, its parameters, its reference math and how it merges.
+"""What a method is: its options, its tensors, its reference math and how it merges.
 
 A method is a frozen dataclass whose fields are the options that a spec may set. Everything else
 about it is stated by the members of :class:`Method`; no pass and no other module knows a method by
-name.
+name. What a method has to state: ``params``, and ``apply`` or ``merge``. The rest has defaults.
 """
 
 from __future__ import annotations
@@ -13,39 +13,84 @@ import importlib
 import json
 from abc import ABC
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from peftfx.errors import MergeError, PlanError, SpecError, nearest
+from peftfx.errors import MergeError, NotAdaptedError, PlanError, SpecError, nearest
+from peftfx.methods.peft import PeftForm
 from peftfx.site import Site
 
 Acts = Literal["output", "input", "weight", "parameter", "attention", "tokens"]
+OF_BASE = "base."  # what precedes the names of base parameters that a method reads
+Tensors = Mapping[str, Tensor]
+
+
+def option(text: str, default: Any) -> Any:
+    """A field of a method: an option of specs, with its description and default."""
+    return field(default=default, metadata={"doc": text})
 
 
 @dataclass(frozen=True)
 class Param:
-    """A trainable tensor that a method asks for: its shape and how it is filled, in place."""
+    """A tensor that a method asks for at a site: its shape and how it is filled, in place.
+
+    Attributes:
+        trains: False for what is kept and saved with the adapter, and gets no gradient.
+        dtype: None is that of the adapter's tensors.
+        shared: placements of one rule that have equal options and say the same here hold one
+            tensor between them.
+        valid: whether loaded values are possible; they come from a file.
+    """
 
     shape: tuple[int, ...]
     init: Callable[[Tensor], object]
+    trains: bool = True
+    dtype: torch.dtype | None = None
+    shared: str | None = None
+    valid: Callable[[Tensor], bool] = lambda value: True
+
+
+class Calibration(Protocol):
+    """Chooses a method's tensors at one site from a short run on data (``peftfx.calibrate``)."""
+
+    sees: Literal["input", "gradient"]
+
+    def see(self, value: Tensor) -> None:
+        """One batch: the input of the site's module, or the gradient of the site's parameter."""
+        ...
+
+    def fill(self, p: Tensors) -> None:
+        """Sets the site's tensors, in place."""
+        ...
 
 
 @dataclass(frozen=True)
 class Call:
     """What :meth:`Method.apply` may know of the call: only what the graph may bake in.
 
-    ``seed`` is an int64 tensor of shape ``[]`` where :meth:`Method.draws` said that the method
-    needs randomness, else None. Sites that share a seed differ in ``site``, a small ordinal.
+    ``weight`` is the site's parameter with what the graph knows of it: kind, shape and attrs.
+    Shapes of activations need not be known. ``seed`` is an int64 tensor of shape ``[]`` where
+    :meth:`Method.draws` said that the method needs randomness, else None. Sites that share a seed
+    differ in ``site``, a small ordinal.
     """
 
-    kind: str
-    attrs: Mapping[str, Any]
+    weight: Site
     training: bool
     seed: Tensor | None = None
     site: int = 0
+
+    @property
+    def kind(self) -> str:
+        """The kind of the site."""
+        return self.weight.kind
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """The static arguments of the site's module."""
+        return self.weight.attrs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +103,16 @@ class Method(ABC):
             result ``y`` and input ``x`` and gives the new result. ``input``: before the module,
             ``y`` is None and the new input is given. ``weight``: where the weight is read,
             :meth:`merge` gives the one to use instead. ``parameter``: the parameter itself is
-            trained, there is no mark. ``attention`` and ``tokens``: at an attention call and at
-            the token sequence; these are not local, their eager kernel refuses.
+            trained, there is no mark. ``tokens``: after the embedding of the token ids, whose
+            sequence the model's ``forward`` has made longer by ``length``. ``attention``: at an
+            attention call; this is not local, its eager kernel refuses.
         kinds: the site kinds it acts at (see :class:`peftfx.site.Site`).
         baked: options that :meth:`apply` reads. They are part of a mark's key, and two adapters
             that differ only in other options share their compiled graph.
-        reads: base parameters of the site's module that :meth:`apply` needs, by name; it finds
-            them in ``p`` under the same name.
+        reads: base parameters of the site's module that :meth:`apply` needs, by name; where the
+            module has them, they are in ``p``, as ``base.weight`` and the like.
+        peft: how HF PEFT writes the method, None where PEFT does not have it.
+        example: selectors and options of a rule that shows the method on a Llama.
     """
 
     name: ClassVar[str]
@@ -74,6 +122,10 @@ class Method(ABC):
     reads: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = True
     paper: ClassVar[str] = ""
+    peft: ClassVar[PeftForm | None] = None
+    example: ClassVar[Mapping[str, Any]] = {"name": "*_proj"}
+
+    # -- where and with what ---------------------------------------------------------------------
 
     def accepts(self, site: Site) -> str | None:
         """None if the method can act at *site*, else the reason why not."""
@@ -87,13 +139,39 @@ class Method(ABC):
         """Where the mark of *site* belongs, if nothing speaks against it."""
         return self.acts
 
+    def over(self, sites: Sequence[Site]) -> Method:
+        """The method with what it takes from all the sites that it acts at by one rule."""
+        return self
+
+    def check(self, site: Site) -> None:
+        """Raises :class:`PlanError` where options and shapes do not fit; nothing exists yet."""
+        return None
+
     def params(self, site: Site) -> dict[str, Param]:
-        """Trainable tensors at *site*. Bounds are checked here, before anything is allocated."""
+        """The tensors that make the adapter at *site*: what is trained, saved and loaded."""
         return {}
 
     def buffers(self, site: Site) -> dict[str, Tensor]:
-        """Constant tensors at *site* that depend on options which are not baked."""
+        """Constant tensors at *site*, made anew from options which are not baked."""
         return {}
+
+    def start(self, w: Tensor, p: Tensors, site: Site) -> None:
+        """Sets, in place, what depends on the base parameter *w*; ``p`` is filled otherwise."""
+        return None
+
+    def finished(self) -> Method:
+        """The method without what only makes its tensors, as a finished training leaves it."""
+        return self
+
+    def finish(self, p: Tensors, site: Site) -> Tensors:
+        """The tensors of :meth:`finished`, of those of this method."""
+        return p
+
+    def calibration(self, site: Site) -> Calibration | None:
+        """What chooses tensors at *site* from data, where the options ask for that."""
+        return None
+
+    # -- its math --------------------------------------------------------------------------------
 
     def draws(self, training: bool) -> bool:
         """Whether :meth:`apply` needs a seed."""
@@ -102,10 +180,17 @@ class Method(ABC):
     def apply(self, y: Tensor | None, x: Tensor, p: Mapping[str, Tensor], call: Call) -> Tensor:
         """The reference math, in plain torch functions, traceable with proxies for tensors.
 
-        ``p`` holds the site's parameters, buffers and what ``reads`` names. They may have another
-        dtype than the activations: compute in that of ``y`` (of ``x`` where ``y`` is None).
+        ``p`` holds the site's tensors, buffers and what ``reads`` names. They may have another
+        dtype than the activations: the result has that of ``y`` (of ``x`` where ``y`` is None).
         """
         raise PlanError(f"method {self.name!r} has no local form")
+
+    def front(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
+        """Keys ``[N, P, D]`` and values that an attention call sees in front of its own.
+
+        The form of methods that act there; traceable with proxies, as :meth:`apply` is.
+        """
+        raise PlanError(f"method {self.name!r} does not act at attention calls")
 
     def merge(self, w: Tensor, p: Mapping[str, Tensor], site: Site) -> Tensor:
         """The merged parameter of *site*: a new tensor of the shape and dtype of ``w``."""
@@ -125,10 +210,36 @@ class Method(ABC):
     def mix(
         self, parts: Sequence[tuple[float, Method, Mapping[str, Tensor]]], site: Site
     ) -> tuple[Method, dict[str, Tensor]]:
-        """One method with tensors that acts as the weighted sum of *parts* do."""
+        """One method with tensors that acts as the weighted sum of *parts* do.
+
+        The tensors of each part have the site's base parameter beside them, as ``base``.
+        """
         raise MergeError(f"adapters of method {self.name!r} cannot be mixed", site=site.name)
 
+    # -- in training -----------------------------------------------------------------------------
+
+    def lr_ratio(self, name: str) -> float:
+        """What the learning rate of the tensor *name* is multiplied by."""
+        return 1.0
+
+    def penalty(self, sites: Sequence[tuple[Site, Tensors]]) -> Tensor | None:
+        """What the rule adds to the loss, given the tensors of all its sites; None for nothing."""
+        return None
+
+    def advance(
+        self, step: int, sites: Sequence[tuple[Site, Tensors]], memory: dict[str, Tensor]
+    ) -> None:
+        """After optimizer step *step* (the first is 1): changes tensors in place, by a schedule.
+
+        Gradients are still there. *memory* is the rule's own; ``peftfx.Schedule`` keeps it.
+        """
+        return None
+
     # -- the key of a mark ---------------------------------------------------------------------
+
+    def reads_at(self, site: Site) -> tuple[str, ...]:
+        """What :attr:`reads` names of the module at *site*, as ``p`` has it."""
+        return tuple(OF_BASE + name for name in self.reads if name in site.siblings)
 
     def key(self, site: Site, acts: Acts | None = None, strict: bool = False) -> str:
         """Everything of the method that a graph bakes in, as a string that guards can compare.
@@ -139,7 +250,8 @@ class Method(ABC):
             "method": self.name,
             "acts": acts or self.acts_at(site),
             "kind": site.kind,
-            "names": [*self.params(site), *self.buffers(site), *self.reads],
+            "shape": list(site.shape),
+            "names": [*self.params(site), *self.buffers(site), *self.reads_at(site)],
         }
         options = {n: getattr(self, n) for n in self.baked}
         optional = {"options": options, "attrs": dict(site.attrs), "strict": strict}
@@ -153,10 +265,10 @@ class Key:
 
     method: Method
     acts: Acts
-    kind: str
-    attrs: Mapping[str, Any]
+    weight: Site
     names: tuple[str, ...]
     strict: bool
+    state: str = ""  # of the call at hand, see peftfx.sequence
 
     def apply(
         self,
@@ -169,27 +281,53 @@ class Key:
         site: int = 0,
     ) -> Tensor:
         """The method's math on the tensors of a mark, in the order of ``names``."""
+        if self.state == "unarmed":
+            raise NotAdaptedError(
+                f"{self.method.name} acts on the whole model's sequence, and this is a part of the "
+                "model called by itself",
+                remedy="call the model, or its forward",
+            )
+        if self.state == "skip":
+            assert y is not None
+            return y
+        if self.acts == "attention":
+            raise NotAdaptedError(
+                f"{self.method.name} acts at the attention call behind this module, and the graph "
+                "was not compiled by peftfx",
+                remedy="compile the model with backend=peftfx.backend(spec), or run it eagerly",
+            )
         p = dict(zip(self.names, tensors, strict=True))
         if self.acts == "weight":
-            return self.method.merge(x, p, self._weight(x))
-        return self.method.apply(y, x, p, Call(self.kind, self.attrs, training, seed, site))
+            return self.method.merge(x, p, self.weight)
+        return self.method.apply(y, x, p, Call(self.weight, training, seed, site))
 
-    def _weight(self, w: Tensor) -> Site:
-        return Site("", "weight", self.kind, tuple(w.shape), w.dtype, self.attrs)
+    def front(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Keys and values in front of an attention call, see :meth:`Method.front`."""
+        p = dict(zip(self.names, tensors, strict=True))
+        return self.method.front(p, Call(self.weight, training=False))
+
+    @property
+    def attrs(self) -> Mapping[str, Any]:
+        """What the key says of the site."""
+        return self.weight.attrs
 
 
 @functools.lru_cache(maxsize=4096)
 def decode(key: str) -> Key:
-    """The inverse of :meth:`Method.key`; options that are not baked have their defaults."""
-    content = json.loads(key)
+    """The inverse of :meth:`Method.key`; options that are not baked have their defaults.
+
+    A mark puts the state of its call in front of the key.
+    """
+    state, brace, rest = key.partition("{")
+    content = json.loads(brace + rest)
     attrs = {n: tuple(v) if isinstance(v, list) else v for n, v in content.get("attrs", {}).items()}
     return Key(
         method=lookup(content["method"])(**content.get("options", {})),
         acts=content["acts"],
-        kind=content["kind"],
-        attrs=attrs,
+        weight=Site("", "weight", content["kind"], tuple(content["shape"]), attrs=attrs),
         names=tuple(content["names"]),
         strict=content.get("strict", False),
+        state=state,
     )
 
 
@@ -197,9 +335,24 @@ def decode(key: str) -> Key:
 
 _TABLE: dict[str, str | type[Method]] = {
     "lora": "peftfx.methods.lora:LoRA",
+    "dora": "peftfx.methods.dora:DoRA",
+    "adalora": "peftfx.methods.adalora:AdaLoRA",
+    "vera": "peftfx.methods.vera:VeRA",
+    "loha": "peftfx.methods.loha:LoHa",
+    "lokr": "peftfx.methods.lokr:LoKr",
+    "ia3": "peftfx.methods.ia3:IA3",
+    "oft": "peftfx.methods.oft:OFT",
+    "hra": "peftfx.methods.hra:HRA",
+    "norm": "peftfx.methods.norm:Norm",
+    "tokens": "peftfx.methods.tokens:Tokens",
+    "sparse": "peftfx.methods.sparse:Sparse",
+    "said": "peftfx.methods.said:Said",
     "bitfit": "peftfx.methods.bitfit:BitFit",
     "train": "peftfx.methods.train:Train",
     "freeze": "peftfx.methods.freeze:Freeze",
+    "prompt": "peftfx.methods.prompt:Prompt",
+    "ptuning": "peftfx.methods.ptuning:PTuning",
+    "prefix": "peftfx.methods.prefix:Prefix",
 }
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from peftfx.methods.method import Acts, Method, Param
+from peftfx.errors import SpecError
+from peftfx.methods.method import Acts, Method, Param, Tensors, option
+from peftfx.methods.peft import PeftForm
 from peftfx.site import Site
 
 VALUE = "value"
@@ -27,6 +30,21 @@ class Train(Method):
 
     name: ClassVar[str] = "train"
     acts: ClassVar[Acts] = "parameter"
+    peft: ClassVar[PeftForm | None] = PeftForm(
+        "",
+        keys={VALUE: "{module}.{parameter}"},
+        kinds=(),
+        whole=True,
+        beside="modules_to_save",
+    )
+
+    example: ClassVar[Mapping[str, Any]] = {"name": "lm_head"}
+
+    l2_sp: float = option("Weight of the penalty ½‖w - w₀‖² on moves from the base.", 0.0)
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.l2_sp < math.inf:
+            raise SpecError(f"l2_sp is {self.l2_sp}", remedy="a weight of at least 0")
 
     def accepts(self, site: Site) -> str | None:
         if not site.dtype.is_floating_point:
@@ -36,11 +54,18 @@ class Train(Method):
     def params(self, site: Site) -> dict[str, Param]:
         return {VALUE: Param(site.shape, lambda t: t)}  # bind copies the base's value
 
-    def merge(self, w: Tensor, p: Mapping[str, Tensor], site: Site) -> Tensor:
+    def merge(self, w: Tensor, p: Tensors, site: Site) -> Tensor:
         return p[VALUE].detach().to(w.dtype)
 
+    def penalty(self, sites: Sequence[tuple[Site, Tensors]]) -> Tensor | None:
+        """L2-SP, Li et al., 2018 (arXiv 1802.01483): half the squared distance from the start."""
+        if not self.l2_sp:
+            return None
+        moves = [(p[VALUE] - p[BASE].detach()).square().sum() for _, p in sites]
+        return self.l2_sp / 2 * torch.stack([m.to(moves[0].device) for m in moves]).sum()
+
     def mix(
-        self, parts: Sequence[tuple[float, Method, Mapping[str, Tensor]]], site: Site
+        self, parts: Sequence[tuple[float, Method, Tensors]], site: Site
     ) -> tuple[Method, dict[str, Tensor]]:
         """``base + Σ wᵢ (vᵢ - base)``."""
         base = parts[0][2][BASE].detach()

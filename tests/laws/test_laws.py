@@ -16,6 +16,7 @@ import peftfx
 from peftfx.backends import Backend
 from peftfx.errors import PlanError
 from tests.helpers import fill, relative
+from tests.methods import ROWS, start_of
 
 WIDTHS = (4, 6, 9)
 EXAMPLES = int(os.environ.get("PEFTFX_EXAMPLES", "0"))
@@ -88,17 +89,28 @@ lora = st.fixed_dictionaries(
     },
     optional={"rank_stabilized": st.booleans()},
 )
+# Every row of the table, at what its name says or at a choice of sites; one may stack on another
+_places = st.sampled_from([["*"], ["linear*", "conv*"], ["*a", "*b", "head"], ["residual*"]])
+_rows = st.sampled_from([r for r in ROWS if r.method not in ("train", "bitfit", "norm")])
+method = st.builds(
+    lambda row, where: row.rule(
+        name=where if row.name == "*" else row.name, **{"except": "dead"}
+    ),
+    _rows, _places,
+)  # fmt: skip
 train = st.fixed_dictionaries(
     {"method": st.sampled_from(["train", "bitfit"]), "name": st.sampled_from(["norm*", "head"])}
 )
-specs = st.tuples(lora, st.one_of(st.none(), train)).map(
-    lambda rules: {"rules": [r for r in rules if r is not None]}
-)
+specs = st.tuples(
+    st.one_of(lora, method, method), st.one_of(st.none(), method), st.one_of(st.none(), train)
+).map(lambda rules: {"rules": [r for r in rules if r is not None]})
 
 
 def bound(plan: Any, spec: Any, lower: Any) -> tuple[nn.Module, nn.Module, Tensor, Backend] | None:
     torch.manual_seed(0)
-    base = Random(plan).requires_grad_(False)  # torch rounds otherwise where gradients are due
+    base = (
+        Random(plan).eval().requires_grad_(False)
+    )  # torch rounds otherwise where gradients are due
     ids = torch.randint(0, 11, (2, 5))
     model = copy.deepcopy(base)
     backend = Backend(spec, lower)
@@ -115,7 +127,7 @@ def check(plan: Any, spec: Any, lower: Any) -> None:
     if made is None:
         return
     base, model, ids, backend = made
-    assert relative(model(ids), base(ids)) < 1e-6  # the start is the base
+    assert relative(model(ids), base(ids)) <= start_of(spec)  # mostly the base
     fill(peftfx.parameters(model), scale=0.4)
     eager = model(ids)
     eager.square().mean().backward()
@@ -130,9 +142,7 @@ def check(plan: Any, spec: Any, lower: Any) -> None:
         out = compiled(ids)
         assert relative(out, eager) < 1e-5
         out.square().mean().backward()
-        for name, p in peftfx.named_parameters(model):
-            if name in grads:
-                assert p.grad is not None and torch.allclose(p.grad, grads[name], atol=1e-5), name
+        same_gradients(model, grads)
     else:
         rewritten(base, model, spec, ids, eager, grads)
     peftfx.merge(model)
@@ -152,6 +162,14 @@ def check(plan: Any, spec: Any, lower: Any) -> None:
     )
 
 
+def same_gradients(model: nn.Module, grads: dict[str, Tensor]) -> None:
+    largest = max(float(g.abs().max()) for g in grads.values())
+    for name, p in peftfx.named_parameters(model):
+        if name in grads:
+            assert p.grad is not None
+            assert float((p.grad - grads[name]).abs().max()) <= 1e-5 * max(largest, 1.0), name
+
+
 def rewritten(
     base: nn.Module, model: nn.Module, spec: Any, ids: Tensor, eager: Tensor, grads: Any
 ) -> None:
@@ -161,9 +179,7 @@ def rewritten(
     out = gm(ids)
     assert relative(out, eager) < 1e-5
     out.square().mean().backward()
-    for name, p in peftfx.named_parameters(gm):
-        if name in grads:
-            assert p.grad is not None and torch.allclose(p.grad, grads[name], atol=1e-5), name
+    same_gradients(gm, grads)
     trained = {id(p) for p in peftfx.parameters(gm)}
     assert all(p.grad is None for p in gm.parameters() if id(p) not in trained)
 

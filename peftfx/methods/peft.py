@@ -1,0 +1,116 @@
+"""How HF PEFT writes a method: the type, options and keys of its adapter directories.
+
+Each method states its form; :mod:`peftfx.peft_format` knows none. Option names on the left are
+PEFT's (0.21).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from peftfx.methods.method import Method
+    from peftfx.site import Site
+
+Placed = Sequence[tuple["Site", "Method"]]
+
+
+@dataclass(frozen=True, eq=False)
+class PeftForm:
+    """One method in PEFT's directories.
+
+    Attributes:
+        type: PEFT's ``peft_type``.
+        keys: the key of each tensor, with ``{module}`` and ``{parameter}`` of the site.
+        options: PEFT's option -> ours, one value for all sites.
+        varied: PEFT's option -> ours, and PEFT's option that holds other values by module.
+        fixed: options that have one value wherever this method is meant.
+        defaults: values that PEFT has where a configuration is silent, if not ours.
+        special: options that :meth:`more` writes and :meth:`rules` reads.
+        ignored: options about the start or the bookkeeping of a training.
+        optional: tensors that a file may leave out; they have the values that they start with.
+        kinds: of sites that PEFT adapts by it; empty for any.
+        whole: PEFT takes the modules whole, with all their parameters.
+        beside: the option by which it can stand in another type's configuration.
+        beside_keys: its keys there, if they are others.
+        takes: options of others that can stand in this type's configuration.
+        tied: PEFT adapts all that is tied to a site along with it, under one name.
+    """
+
+    type: str
+    keys: Mapping[str, str]
+    options: Mapping[str, str] = field(default_factory=dict)
+    varied: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    special: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ("linear",)
+    whole: bool = False
+    beside: str | None = None
+    beside_keys: Mapping[str, str] = field(default_factory=dict)
+    takes: tuple[str, ...] = ("modules_to_save",)
+    tied: bool = False
+
+    def meant(self, content: Mapping[str, Any]) -> bool:
+        """Whether a configuration of this type means this method."""
+        return all(key not in content or content[key] == value for key, value in self.fixed.items())
+
+    def refusal(self, method: Method, site: Site) -> str | None:
+        """Why PEFT cannot have *method* at *site*, or None."""
+        if self.kinds and site.kind not in self.kinds:
+            return f"PEFT's {self.type} has no {site.kind}"
+        return None
+
+    def value(self, method: Method, name: str) -> Any:
+        """The value of our option *name* that PEFT is to read."""
+        return getattr(method, name)
+
+    def names(self, method: Method, site: Site) -> dict[str, str]:
+        """The key of each tensor that the file has, by our name."""
+        return {name: self.keys[name] for name in method.params(site)}
+
+    def names_beside(self, method: Method, site: Site) -> dict[str, str]:
+        """The same where it stands in another type's configuration."""
+        return {**self.names(method, site), **self.beside_keys}
+
+    def more(self, placed: Placed) -> dict[str, Any]:
+        """Options beyond those that the attributes name."""
+        return {}
+
+    def rules(
+        self, rule: dict[str, Any], content: Mapping[str, Any], sites: Mapping[str, Site] | None
+    ) -> list[dict[str, Any]]:
+        """The rules of a spec that a configuration amounts to; *rule* is what is known of them.
+
+        Args:
+            sites: the weights that PEFT would adapt, by module; None where there is no model.
+        """
+        return [rule]
+
+    def besides(self, placed: Placed) -> Any:
+        """What it writes as the option :attr:`beside`."""
+        raise NotImplementedError
+
+    def rules_beside(
+        self, method: str, value: Any, sites: Mapping[str, Site] | None
+    ) -> list[dict[str, Any]]:
+        """The rules that a value of the option :attr:`beside` amounts to.
+
+        Args:
+            sites: all weights of the model, by module; None where there is no model.
+        """
+        raise NotImplementedError
+
+    def pack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The site's tensors as PEFT has them, by our names."""
+        return {name: p[name] for name in self.names(method, site)}
+
+    def unpack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The inverse of :meth:`pack`; what is left out has the value that it starts with."""
+        return dict(p)
