@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import torch
 
-from peftfx.bypass import calls, models, modes
+from peftfx.bypass import calls, models, modes, prompts
 from peftfx.bypass.bench import SITUATIONS, Bench
 from peftfx.errors import PeftfxError
 
-assert calls and modes and models  # importing them fills the table
+assert calls and modes and models and prompts  # importing them fills the table
 
 
 @dataclass(frozen=True)
