@@ -78,31 +78,44 @@ def variants(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
 
 def same_start(models: dict[str, tuple[nn.Module, bool]]) -> None:
     """Gives PEFT's models the tensors of ours."""
-    tensors = {n.partition(":")[0].removesuffix(".weight") + n.rpartition(".")[2]: p
-               for n, p in peftfx.named_parameters(models["peftfx"][0])}  # fmt: skip
+    tensors = factors("peftfx", models["peftfx"][0])
     with torch.no_grad():
         for p in tensors.values():
             if p.abs().max() == 0:
                 p.normal_(std=0.02)
         for name in ("peft", "peft + compile"):
-            for key, p in models[name][0].named_parameters():
-                if "lora_" in key:
-                    path, _, rest = key.removeprefix("base_model.model.").partition(".lora_")
-                    p.copy_(tensors[path + rest[0]])
+            for key, p in factors(name, models[name][0]).items():
+                p.copy_(tensors[key])
+
+
+def factors(name: str, model: nn.Module) -> dict[str, nn.Parameter]:
+    """The trained tensors of a variant by ``<module>A`` and ``<module>B``."""
+    if name == "peftfx":
+        return {
+            n.partition(":")[0].removesuffix(".weight") + n.rpartition(".")[2]: p
+            for n, p in peftfx.named_parameters(model)
+        }
+    found = {}
+    for key, p in model.named_parameters():
+        path, lora, rest = key.removeprefix("base_model.model.").partition(".lora_")
+        if lora:
+            found[path + rest[0]] = p
+    return found
 
 
 def gate(models: dict[str, tuple[nn.Module, bool]], ids: Tensor, dtype: torch.dtype) -> float:
-    """Largest difference of gradients from PEFT's, relative; raises where it is too large."""
-    found = []
+    """Largest difference of a gradient from PEFT's, over PEFT's largest; raises if too large."""
+    grads = []
     for name in ("peft", "peftfx"):
         model = models[name][0]
         model(input_ids=ids, labels=ids).loss.backward()
-        grads = sorted(
-            (p.grad.float().norm() for p in model.parameters() if p.grad is not None), key=float
-        )
-        found.append(torch.stack(grads))
+        grads.append({n: p.grad.float() for n, p in factors(name, model).items()})
         model.zero_grad(set_to_none=True)
-    worst = float(((found[0] - found[1]).abs() / found[0].max()).max())
+    theirs, ours = grads
+    if theirs.keys() != ours.keys():
+        raise SystemExit(f"other tensors train than PEFT's: {theirs.keys() ^ ours.keys()}")
+    largest = max(g.abs().max() for g in theirs.values())
+    worst = float(max((ours[n] - g).abs().max() for n, g in theirs.items()) / largest)
     bound = 1e-4 if dtype == torch.float32 else 3e-2
     if not worst <= bound:
         raise SystemExit(f"gradients differ from PEFT's by {worst:.2g}: nothing is timed")

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from peftfx.engine import Context, Recorder, is_op
+from peftfx import dynamo
+from peftfx.engine import VALUE, Context, Recorder, is_op
 from peftfx.methods.method import decode
 
 
@@ -28,7 +29,7 @@ class Insert:
         seeds: list[fx.Node] = []
         draws = 0
         for mark in marks:
-            y, x, tensors, seed, key, training = _arguments(mark)
+            y, x, tensors, seed, key, training = arguments(mark)
             if isinstance(seed, fx.Node):
                 draws += 1
                 shared = shared or seed
@@ -44,6 +45,8 @@ class Insert:
                     seed=recorder.wrap(shared) if seed is not None else None,
                     site=max(draws - 1, 0),
                 )
+            if context.autocast and isinstance(value := x.meta.get(VALUE), Tensor):
+                _apart(recorder.nodes, value.device.type)
             mark.replace_all_uses_with(out.node)
             gm.graph.erase_node(mark)
         for seed in dict.fromkeys(seeds):
@@ -56,7 +59,25 @@ class Insert:
         return f"marks are left: {', '.join(left)}" if left else None
 
 
-def _arguments(mark: fx.Node) -> tuple[Any, ...]:
+def _apart(nodes: list[fx.Node], device: str) -> None:
+    """Keeps autocast off a method's math, whose dtypes are explicit, as its reference does.
+
+    Our own ops stay outside: they know of autocast, and may yet be joined with what is around them.
+    """
+    run: list[fx.Node] = []
+    for node in nodes:
+        if str(node.target).startswith("peftfx."):
+            if run:
+                dynamo.without_autocast(run, device)
+            run = []
+        else:
+            run.append(node)
+    if run:
+        dynamo.without_autocast(run, device)
+
+
+def arguments(mark: fx.Node) -> tuple[Any, ...]:
+    """What a mark is given: y, x, tensors, seed, key, training."""
     names = ("y", "x", "tensors", "seed", "key", "training")
     given = dict(zip(names, mark.args, strict=False)) | dict(mark.kwargs)
     return tuple(given[n] for n in names)

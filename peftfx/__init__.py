@@ -17,11 +17,13 @@ _WHERE = {
     "PeftfxError": "errors",
     "Plan": "plans",
     "Spec": "spec",
+    "Schedule": "schedule",
     "activate": "operations",
     "adapt": "backends",
     "adapters": "operations",
     "add": "operations",
     "backend": "backends",
+    "calibrate": "calibration",
     "disabled": "operations",
     "explain": "explaining",
     "is_adapted": "operations",
@@ -31,6 +33,7 @@ _WHERE = {
     "named_parameters": "operations",
     "parameter_groups": "operations",
     "parameters": "operations",
+    "penalty": "regularization",
     "plan": "explaining",
     "release": "bind",
     "remove": "operations",
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
     from peftfx.backends import adapt as adapt
     from peftfx.backends import backend as backend
     from peftfx.bind import release as release
+    from peftfx.calibration import calibrate as calibrate
     from peftfx.checkpoint import load_state_dict as load_state_dict
     from peftfx.checkpoint import save as save
     from peftfx.checkpoint import state_dict as state_dict
@@ -66,7 +70,9 @@ if TYPE_CHECKING:
     from peftfx.operations import parameters as parameters
     from peftfx.operations import remove as remove
     from peftfx.plans import Plan as Plan
+    from peftfx.regularization import penalty as penalty
     from peftfx.rewriting import rewrite as rewrite
+    from peftfx.schedule import Schedule as Schedule
     from peftfx.spec import Spec as Spec
 
 

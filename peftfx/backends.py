@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import fx, nn
 
-from peftfx import dynamo, engine
+from peftfx import dynamo, engine, sequence
 from peftfx.bind import bind, check, prove
 from peftfx.binding import Binding, binding_of, unwrap
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
@@ -102,6 +102,13 @@ class Backend:
             bind(model, self.spec, _example(root))
             self._roots.add(model)
             logger.info("bound %s at its first call", type(model).__name__)
+            if sequence.lengthens(model):
+                raise BindError(
+                    "the spec makes the model's inputs longer before its forward begins, and this "
+                    "call of it has begun",
+                    remedy="the model is bound now: call it again; or bind before the first call, "
+                    "backend.bind(model)",
+                )
             dynamo.retrace()
         if self.spec is not None and all(a.spec != self.spec for a in binding.adapters.values()):
             raise BindError(
@@ -144,6 +151,7 @@ class Backend:
             provenance=provenance(gm, inputs, binding),
             frozen=frozen(gm, inputs),
             snapshots=self.snapshots,
+            autocast=dynamo.under_autocast(gm, inputs),
         )
         report = engine.run(gm, PIPELINE, context)
         self.reports = [*self.reports[-63:], report]
@@ -161,6 +169,8 @@ class Backend:
         if self.lower == "aot_eager":
             return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices))
         lower = LowerPass(INDUCTOR_CLAIMS, report.choices)
+        if self.snapshots:  # a cached graph has no choices to tell of
+            options = {"force_disable_caches": True, **options}
         return dynamo.compile_inductor(gm, inputs, lower, mode, options)
 
 
@@ -204,7 +214,8 @@ def compile_in_place(model: nn.Module, made: Backend, **options: Any) -> None:
     """``model.compile`` with *made*; recompiles of other models do not count against this one."""
     made._roots.add(unwrap(model))
     defaults = dynamo.compile_options(isolate_recompiles=True, recompile_limit=64)
-    model.compile(backend=made, **{**defaults, **options})
+    for module in (model, *sequence.entrances(unwrap(model))):
+        module.compile(backend=made, **{**defaults, **options})
 
 
 dynamo.guard_hooks()  # torch.compile imports this module when it looks the entry point up

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfx import mark
+from peftfx import attention, mark, sequence
 from peftfx.binding import (
     ATTRIBUTE,
     SURGERY,
     Adapter,
     Binding,
+    Place,
     Tensors,
     binding_of,
     bound,
@@ -29,7 +31,7 @@ from peftfx.binding import (
 )
 from peftfx.checkpoint import save
 from peftfx.errors import AdapterError, BindError, NotAdaptedError, PeftfxError, TraceError
-from peftfx.install import create, install, place_all, set_keys, uninstall
+from peftfx.install import create, install, place_all, set_keys, uninstall, waiting
 from peftfx.log import logger
 from peftfx.methods.method import Acts
 from peftfx.plans import Plan, make_plan
@@ -82,10 +84,13 @@ def bind(
     binding.proven = traced is not None
     values = create(model, plan, spec) if tensors is None else tensors
     _quiet_hf(model)
+    if "torch.distributed.tensor" in sys.modules:  # not imported: no model of this process has any
+        mark.refuse_sharded_activations()
     for p in model.parameters():
         p.requires_grad_(False)
     model.__dict__[ATTRIBUTE] = binding
-    binding.adapters[adapter] = Adapter(adapter, spec, plan, trainable, values)
+    waits = tensors is None and waiting(plan)
+    binding.adapters[adapter] = Adapter(adapter, spec, plan, trainable, values, waits)
     place_all(model, binding, plan)
     install(model, binding, {adapter: 1.0})
     _hook_states(model)
@@ -103,14 +108,22 @@ def _before_root(module: nn.Module, args: Any, kwargs: Any) -> None:
     binding = binding_of(module)
     if binding is None:
         return
-    if not binding.proven:
-        prove(module, binding, (args, kwargs))
     check(module, binding)
+    if not binding.proven and prove(module, binding, (args, kwargs)):
+        check(module, binding)
 
 
 def check(model: nn.Module, binding: Binding) -> None:
     """Raises :class:`NotAdaptedError` where a planned mark is gone."""
+    if binding.fixed:
+        return  # the graph itself is adapted
     on = binding.enabled and not binding.merged
+    for name in binding.active if on else ():
+        if binding.adapters[name].waits:
+            raise NotAdaptedError(
+                f"adapter {name!r} starts from data, and has seen none",
+                remedy="call peftfx.calibrate(model, batches), or load its values",
+            )
     for placement, _ in binding.installed:
         if placement.method.acts == "parameter":
             continue
@@ -118,6 +131,10 @@ def check(model: nn.Module, binding: Binding) -> None:
         owner = model.get_submodule(placement.site.module)
         if not mark.armed(owner, entry.acts):
             reason = "the hook that carried the adapter is gone"
+        elif entry.acts == "tokens" and not sequence.fed(model, entry, placement.site.around):
+            reason = "the forward that lengthened the sequence is gone"
+        elif entry.acts == "attention" and not attention.scoped(model, placement.site.around):
+            reason = "a hook on the attention or its positions is gone"
         elif bool(entry.key) != on:
             reason = "the adapter was switched behind peftfx's back"
         else:
@@ -133,20 +150,25 @@ def _try_trace(model: nn.Module) -> Trace | None:
         return None
 
 
-def forms(plan: Plan, traced: Trace) -> dict[str, Acts]:
-    """Where the mark of each site has to sit, given who really reads its weight.
+def forms(plan: Plan, traced: Trace) -> dict[Place, Acts]:
+    """Where the mark of each method at each site has to sit, given who really reads its weight.
 
     A forward hook on the owner is right where only the owner's own call reads the weight. Where
     others read it, the mark goes to the read itself, if the method has that form.
     """
-    acts: dict[str, Acts] = {}
+    acts: dict[Place, Acts] = {}
     for p in plan:
         if p.method.acts == "parameter":
             continue
         site = p.site
         readers = set(traced.users.get(site.name, ()))
+        if p.method.acts in ("tokens", "attention"):
+            continue  # found by their calls in this very trace
         tied = {alias.rpartition(".")[0] for alias in site.aliases} - {site.module}
         if site.module not in readers and readers & tied:
+            alike = {q.site.module for q in plan if (q.rule, q.method) == (p.rule, p.method)}
+            if p.shares and readers <= alike:
+                continue  # it has the adapter of those that are called
             raise BindError(
                 "this module is never called: its weight is tied, and read by others",
                 site=site.name,
@@ -167,7 +189,7 @@ def forms(plan: Plan, traced: Trace) -> dict[str, Acts]:
                     site=site.name,
                     remedy="exclude it with `except:`, or choose options with a weight form",
                 )
-            acts[site.name] = "weight"
+            acts[site.name, p.method.name] = "weight"
     return acts
 
 
@@ -181,9 +203,9 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
         raise
     moved = False
     for adapter in binding.adapters.values():
-        for name, acts in forms(adapter.plan, traced).items():
-            moved |= binding.acts.get(name) != acts
-            binding.acts[name] = acts
+        for where, acts in forms(adapter.plan, traced).items():
+            moved |= binding.acts.get(where) != acts
+            binding.acts[where] = acts
     if moved:
         for adapter in binding.adapters.values():
             place_all(model, binding, adapter.plan)
@@ -208,6 +230,8 @@ def release(model: nn.Module) -> nn.Module:
         for p in adapter.plan:
             if p.method.acts != "parameter":
                 mark.clear(model.get_submodule(p.site.module))
+    sequence.tidy(model)
+    attention.tidy(model)
     for name, own in model.named_parameters():
         own.requires_grad_(binding.flags.get(name, own.requires_grad))
         disown(own)

@@ -25,6 +25,7 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SURGERY = "release the model before changing its modules, and bind it again afterwards"
 
 Tensors = dict[str, Tensor]
+Place = tuple[str, str]  # names of a site and of a method there
 
 
 @dataclass
@@ -39,12 +40,13 @@ class Adapter:
     plan: Plan
     trainable: bool = True
     stored: list[Tensors] | None = None
+    waits: bool = False  # for peftfx.calibrate: what it computes means nothing yet
 
     def __post_init__(self) -> None:
-        for tensors in self.stored or []:
-            for tensor in tensors.values():
-                if isinstance(tensor, nn.Parameter):
-                    tensor.requires_grad_(self.trainable)
+        for p, tensors in zip(self.plan, self.stored or [], strict=False):
+            for name, param in p.params.items():
+                if param.trains:
+                    tensors[name].requires_grad_(self.trainable)
 
 
 @dataclass
@@ -53,7 +55,7 @@ class Binding:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
-    acts: dict[str, Acts] = field(default_factory=dict)  # site name -> where its mark really sits
+    acts: dict[Place, Acts] = field(default_factory=dict)  # where a mark really sits
     base: dict[str, nn.Parameter] = field(default_factory=dict)  # kept aside, by qualified name
     flags: dict[str, bool] = field(default_factory=dict)  # requires_grad before
     installed: list[tuple[Placement, Method]] = field(default_factory=list)
@@ -63,6 +65,11 @@ class Binding:
     fixed: bool = False  # the graph has its adapter built in: nothing can be switched
 
     proven: bool = False
+
+    def acts_of(self, placement: Placement, method: Method) -> Acts:
+        """Where the mark of *method* sits at a placement."""
+        where = (placement.site.name, placement.method.name)
+        return self.acts.get(where) or method.acts_at(placement.site)
 
     @property
     def merged(self) -> bool:

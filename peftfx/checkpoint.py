@@ -12,20 +12,22 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from peftfx import files, fingerprint, peft_format
+from peftfx import files, fingerprint, peft_config, peft_format, peft_prompts
 from peftfx import tensors as tensor_files
 from peftfx.binding import Binding, Tensors, binding_of, bound, parameter, tensors_of
 from peftfx.errors import CheckpointError, PlanError, SpecError
-from peftfx.install import base_of
+from peftfx.install import as_held, base_of, constants, create
 from peftfx.log import logger
-from peftfx.methods.method import float_dtype
+from peftfx.methods.method import Param, float_dtype
+from peftfx.methods.peft_prompt import PromptForm
 from peftfx.plans import Placement, Plan, make_plan
 from peftfx.spec import Spec
 
@@ -37,13 +39,70 @@ Format = Literal["auto", "peft", "peftfx"]
 # -- state dicts ---------------------------------------------------------------------------------
 
 
-def _own_keys(placements: tuple[Placement, ...]) -> list[dict[str, str]]:
+def _own_keys(placements: Sequence[Placement]) -> list[dict[str, str]]:
+    """The key of each tensor; what placements share has that of the first."""
+    first: dict[tuple[object, ...], str] = {}
     return [
-        {n: f"{p.site.name}:{p.method.name}.{n}" for n in p.method.params(p.site)}
-        if p.method.trains
-        else {}
+        {n: first.setdefault(p.holder(n), f"{p.site.name}:{p.method.name}.{n}") for n in p.params}
         for p in placements
     ]
+
+
+class Layout(Protocol):
+    """How the tensors of placements lie in a file."""
+
+    def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
+        """For each placement, the key of each tensor in the file, by the tensor's name."""
+        ...
+
+    def optional(self, placements: Sequence[Placement]) -> set[str]:
+        """Keys that may be missing."""
+        ...
+
+    def pack(self, placement: Placement, tensors: Tensors) -> Tensors:
+        """A placement's tensors as the file has them."""
+        ...
+
+    def unpack(self, placement: Placement, tensors: Tensors) -> Tensors:
+        """The inverse of :meth:`pack`."""
+        ...
+
+    def file_keys(self, placements: Sequence[Placement]) -> set[str]:
+        """The keys that the file has."""
+        ...
+
+    def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
+        """What the file holds, of all placements' tensors by key."""
+        ...
+
+    def part(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
+        """The inverse of :meth:`join`."""
+        ...
+
+
+class Own:
+    """peftfx's own layout: every tensor as it is."""
+
+    def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
+        return _own_keys(placements)
+
+    def optional(self, placements: Sequence[Placement]) -> set[str]:
+        return set()
+
+    def pack(self, placement: Placement, tensors: Tensors) -> Tensors:
+        return {name: tensors[name] for name in placement.params}
+
+    def unpack(self, placement: Placement, tensors: Tensors) -> Tensors:
+        return tensors
+
+    def file_keys(self, placements: Sequence[Placement]) -> set[str]:
+        return {key for names in _own_keys(placements) for key in names.values()}
+
+    def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
+        return values
+
+    def part(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
+        return values
 
 
 def state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -69,44 +128,52 @@ def load_state_dict(
     model, binding = bound(model)
     held = tensors_of(model, binding, adapter)
     plan = binding.adapter(adapter).plan
-    found = _matched(plan, _own_keys(plan.placements), mapping, "<state dict>")
+    found = _matched(plan, Own(), mapping, "<state dict>")
     with torch.no_grad():
         for into, values in zip(held, found, strict=True):
             for name, value in values.items():
                 into[name].copy_(value)
+    binding.adapter(adapter).waits = False
 
 
-def _matched(
-    plan: Plan, keys: list[dict[str, str]], given: Mapping[str, Tensor], where: str
-) -> list[Tensors]:
+def _matched(plan: Plan, layout: Layout, given: Mapping[str, Tensor], where: str) -> list[Tensors]:
     """The given tensors for each placement, checked: exactly these keys, shapes, finite floats."""
+    keys = layout.keys_of(plan.placements)
     expected = {key for names in keys for key in names.values()}
-    missing, extra = sorted(expected - set(given)), sorted(set(given) - expected)
+    _same_keys(given, expected, layout.optional(plan.placements), where)
+    found: list[Tensors] = []
+    for p, names in zip(plan.placements, keys, strict=True):
+        values = {name: given[key] for name, key in names.items() if key in given}
+        values = layout.unpack(p, values)
+        for name, value in values.items():
+            reason = _unfit(value, p.params[name])
+            if reason is not None:
+                told = names.get(name, name)
+                raise CheckpointError(f"{told} {reason}", where=where, site=p.site.name)
+        found.append(values)
+    return found
+
+
+def _same_keys(given: Iterable[str], expected: set[str], optional: set[str], where: str) -> None:
+    missing = sorted(expected - set(given) - optional)
+    extra = sorted(set(given) - expected)
     if missing or extra:
         parts = [f"missing {_some(missing)}"] if missing else []
         parts += [f"unknown {_some(extra)}"] if extra else []
         raise CheckpointError(
             "the tensors are not those of this adapter: " + "; ".join(parts), where=where
         )
-    found: list[Tensors] = []
-    for p, names in zip(plan.placements, keys, strict=True):
-        shapes = p.method.params(p.site) if names else {}
-        values: Tensors = {}
-        for name, key in names.items():
-            value = given[key]
-            if tuple(value.shape) != shapes[name].shape:
-                raise CheckpointError(
-                    f"{key} is {list(value.shape)}, and {list(shapes[name].shape)} is needed",
-                    where=where,
-                    site=p.site.name,
-                )
-            if not value.is_floating_point():
-                raise CheckpointError(f"{key} is {value.dtype}", where=where, site=p.site.name)
-            if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"{key} holds NaN or infinity", where=where, site=p.site.name)
-            values[name] = value
-        found.append(values)
-    return found
+
+
+def _unfit(value: Tensor, param: Param) -> str | None:
+    """What is wrong with a loaded value, None where nothing is."""
+    if tuple(value.shape) != param.shape:
+        return f"is {list(value.shape)}, and {list(param.shape)} is needed"
+    if value.is_floating_point() != (param.dtype is None or param.dtype.is_floating_point):
+        return f"is {value.dtype}"
+    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        return "holds NaN or infinity"
+    return None if param.valid(value) else "holds values that are not possible"
 
 
 def _some(names: list[str]) -> str:
@@ -126,8 +193,9 @@ def save(
     """Writes an adapter to *directory*, whole or not at all.
 
     Args:
-        format: ``peft`` (refused where PEFT has no way to say it), ``peftfx`` (its own, lossless),
-            or ``auto``: PEFT's where it can represent the adapter.
+        format: ``peft`` (refused where PEFT has no way to say it; what only made a prompt or prefix
+            is left behind), ``peftfx`` (its own, lossless), or ``auto``: PEFT's where it can
+            represent the adapter.
 
     Raises:
         CheckpointError: the format cannot represent the adapter.
@@ -136,19 +204,25 @@ def save(
     model, binding = bound(model)
     made = binding.adapter(adapter)
     held = tensors_of(model, binding, adapter)
+    spec, placements = made.spec, made.plan.placements
     config = None
     if format not in ("auto", "peft", "peftfx"):
         raise CheckpointError(f"format {format!r} is not known", remedy="auto, peft or peftfx")
+    if format == "peft":
+        spec, placements, held = _finished(spec, placements, held)
+    peft_kind = peft_prompts if peft_prompts.meant(placements) else peft_format
     if format != "peftfx":
         try:
-            config = peft_format.config_from(model, made.plan.placements)
+            config = peft_kind.config_from(model, placements)
+            values = _file(peft_kind.Directory(), placements, held)
         except CheckpointError as error:
             if format == "peft":
                 raise
             logger.info("saved in peftfx's own form: %s", error)
+            config = None
     peft = config is not None
-    keys = peft_format.keys_of(made.plan.placements) if peft else _own_keys(made.plan.placements)
-    values = {key: held[i][name] for i, names in enumerate(keys) for name, key in names.items()}
+    if not peft:
+        values = _file(Own(), placements, held)
     for key, value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
@@ -160,7 +234,7 @@ def save(
         p.site.name: fingerprint.fingerprint(base_parameter(model, binding, p.site.name))
         for p in made.plan
     }
-    own = {"version": 1, "spec": made.spec.to_dict(), "fingerprint": weights}
+    own = {"version": 1, "spec": spec.to_dict(), "fingerprint": weights}
     content = {
         OWN_CONFIG: _json(own),
         (peft_format.WEIGHTS if peft else OWN_WEIGHTS): tensor_files.to_bytes(values),
@@ -169,6 +243,37 @@ def save(
         content[peft_format.CONFIG] = _json(config)
     stale = (OWN_WEIGHTS,) if peft else (peft_format.CONFIG, peft_format.WEIGHTS)
     files.write_directory(directory, content, without=stale)
+
+
+def _file(layout: Layout, placements: Sequence[Placement], held: Sequence[Tensors]) -> Tensors:
+    """What a file of that layout holds."""
+    values: Tensors = {}
+    for p, names, tensors in zip(placements, layout.keys_of(placements), held, strict=True):
+        packed = layout.pack(p, tensors)
+        values |= {key: packed[name] for name, key in names.items()}
+    return layout.join(placements, values)
+
+
+def _finished(
+    spec: Spec, placements: Sequence[Placement], held: list[Tensors]
+) -> tuple[Spec, tuple[Placement, ...], list[Tensors]]:
+    """The adapter without what only makes its tensors, see :meth:`Method.finished`."""
+    rules = []
+    for rule in spec.rules:
+        method = rule.method.finished()
+        if method != rule.method and rule.overrides:
+            raise CheckpointError(
+                f"the {method.name} rule has overrides, which say how its tensors are made",
+                remedy="save with format='peftfx'",
+            )
+        rules.append(replace(rule, method=method))
+    with torch.no_grad():
+        tensors = [
+            p.method.finish(t, p.site) if p.method.trains else t
+            for p, t in zip(placements, held, strict=True)
+        ]
+    made = tuple(replace(p, method=p.method.finished()) for p in placements)
+    return replace(spec, rules=tuple(rules)), made, [dict(t) for t in tensors]
 
 
 def _json(content: Any) -> bytes:
@@ -197,7 +302,7 @@ def read(
     """
     path = Path(directory)
     files.recover(path)
-    spec, keys_of, weights, known = _describe(path, model)
+    spec, layout, weights, known = _describe(path, model)
     binding = binding_of(model)
     try:
         with base_of(model, binding) if binding is not None else contextlib.nullcontext():
@@ -206,13 +311,14 @@ def read(
         raise CheckpointError(
             f"the adapter does not fit this {type(model).__name__}: {error}", where=str(path)
         ) from error
-    values = _values(path, plan, keys_of, weights)
+    values = _values(plan, layout, weights)
     _check_base(model, binding, plan, known)
-    return spec, _on_sites(model, plan, spec, values)
+    with base_of(model, binding) if binding is not None else contextlib.nullcontext():
+        return spec, _on_sites(model, plan, spec, values)
 
 
-def _describe(path: Path, model: nn.Module) -> tuple[Spec, Any, Path, Any]:
-    """Spec, key mapping, weight file and fingerprints of a saved adapter."""
+def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
+    """Spec, layout, weight file and fingerprints of a saved adapter."""
     if not path.is_dir():
         raise CheckpointError("there is no such directory", where=str(path))
     own = _read_json(path / OWN_CONFIG) if (path / OWN_CONFIG).exists() else None
@@ -238,14 +344,16 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Any, Path, Any]:
                 raise SpecError("it has no spec")
             spec = Spec.parse(own["spec"])
         elif config is not None:
-            spec = peft_format.spec_from_config(config, model)
+            spec = peft_config.spec_from_config(config, model)
         else:
             raise SpecError("it has neither peftfx.json nor adapter_config.json")
     except (SpecError, TypeError, AttributeError, KeyError) as error:
         raise CheckpointError(
             f"the configuration is not usable: {error}", where=str(path)
         ) from error
-    return spec, (peft_format.keys_of if is_peft else _own_keys), weights, known
+    prompts = any(isinstance(r.method.peft, PromptForm) for r in spec.rules)
+    directory: Layout = peft_prompts.Directory() if prompts else peft_format.Directory()
+    return spec, (directory if is_peft else Own()), weights, known
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -267,21 +375,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _values(path: Path, plan: Plan, keys_of: Any, weights: Path) -> list[Tensors]:
-    keys = keys_of(plan.placements)
+def _values(plan: Plan, layout: Layout, weights: Path) -> list[Tensors]:
     header = tensor_files.read_header(weights)
-    expected = {key for names in keys for key in names.values()}
+    expected = layout.file_keys(plan.placements)
     size = sum(math.prod(shape) * dtype.itemsize for k, (dtype, shape) in header.items())
-    allowed = sum(
-        8 * math.prod(q.shape) for p in plan if p.method.trains
-        for q in p.method.params(p.site).values()
-    )  # fmt: skip
+    allowed = sum(8 * math.prod(q.shape) for p in plan for q in p.params.values())
     if set(header) == expected and size > allowed:
         raise CheckpointError("the tensors are larger than the adapter", where=str(weights))
-    unknown = set(header) ^ expected
+    unknown = (set(header) ^ expected) - layout.optional(plan.placements)
     if unknown:  # say so before anything is read
-        return _matched(plan, keys, {k: torch.empty(0) for k in header}, str(weights))
-    return _matched(plan, keys, tensor_files.read(weights), str(weights))
+        _same_keys(header, expected, layout.optional(plan.placements), str(weights))
+    values = layout.part(plan.placements, tensor_files.read(weights))
+    return _matched(plan, layout, values, str(weights))
 
 
 def _check_base(
@@ -296,17 +401,27 @@ def _check_base(
 
 
 def _on_sites(model: nn.Module, plan: Plan, spec: Spec, values: list[Tensors]) -> list[Tensors]:
-    """Loaded values as parameters on the devices of their sites, in the dtypes bind gives."""
+    """Loaded values in the form of slots, on the devices of their sites, in the dtypes bind gives.
+
+    What a file may leave out is made anew, as it started.
+    """
+    held: dict[tuple[object, ...], Tensor] = {}
     placed = []
-    for p, found in zip(plan, values, strict=True):
+    fresh: list[Tensors] | None = None
+    for i, (p, found) in enumerate(zip(plan, values, strict=True)):
         like = parameter(model, p.site.name)
         made: Tensors = {}
-        for name, value in found.items():
-            dtype = (
-                like.dtype if p.method.acts == "parameter" else float_dtype(like.dtype, spec.dtype)
-            )
-            made[name] = nn.Parameter(value.to(like.device, dtype))
-        for name, buffer in p.method.buffers(p.site).items():
-            made[name] = buffer.to(like.device)
-        placed.append(made)
+        for name, param in p.params.items():
+            holder = p.holder(name)
+            if holder not in held and name not in found:
+                with torch.random.fork_rng(devices=[]):
+                    fresh = fresh or create(model, plan, spec)
+                held[holder] = fresh[i][name]
+            elif holder not in held:
+                own = p.method.acts == "parameter"
+                dtype = like.dtype if own else float_dtype(like.dtype, spec.dtype)
+                value = found[name].to(like.device, param.dtype or dtype)
+                held[holder] = as_held(value, param)
+            made[name] = held[holder]
+        placed.append(made | constants(p, like.device))
     return placed

@@ -154,10 +154,18 @@ def compile_inductor(
     """Inductor on *gm*, with the pass *lower* on its forward and backward graphs."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Lowering(CustomGraphPass):  # with it, what was compiled is cached on disk
+        def __call__(self, graph: fx.Graph) -> None:
+            lower(graph)
+
+        def uuid(self) -> Any:
+            return lower.uuid()
 
     patches: dict[str, Any] = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
-    patches["post_grad_custom_pre_pass"] = lower
+    patches["post_grad_custom_pre_pass"] = Lowering()
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -177,6 +185,31 @@ def compile_aot(gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., 
     wrapped = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
     compiled: Compiled = wrapped(gm, list(inputs))
     return compiled
+
+
+def without_autocast(nodes: Sequence[fx.Node], device: str) -> None:
+    """Makes *nodes*, which follow each other in a graph, run outside of autocast."""
+    graph = nodes[0].graph
+    with graph.inserting_before(nodes[0]):
+        mode = graph.call_function(
+            torch.amp.autocast_mode._enter_autocast, (device, None, False, None)
+        )
+    with graph.inserting_after(nodes[-1]):
+        graph.call_function(torch.amp.autocast_mode._exit_autocast, (mode,))
+
+
+def under_autocast(gm: fx.GraphModule, inputs: Sequence[Any]) -> bool:
+    """Whether *gm*, or a part of it or of a graph nested in it, is to run under autocast."""
+    enter = torch.amp.autocast_mode._enter_autocast
+    devices = {t.device.type for t in inputs if isinstance(t, torch.Tensor)}
+    if any(torch.is_autocast_enabled(d) for d in devices - {"meta"}):
+        return True
+    return any(
+        True
+        for m in gm.modules()
+        if isinstance(m, fx.GraphModule)
+        for _ in m.graph.find_nodes(op="call_function", target=enter)
+    )
 
 
 def fake_mode() -> Any:
@@ -211,6 +244,26 @@ def surely_equal(a: Any, b: Any) -> bool:
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return bool(statically_known_true(a == b))
+
+
+def fake_value(node: fx.Node) -> Any:
+    """The fake value of a node in a graph of AOTAutograd's.
+
+    2.11 gives none to a draw that the backward replays (``run_with_rng_state(state, op, …)``).
+    """
+    if "val" not in node.meta:
+        _, op, *args = node.args
+        values = (n.meta.get("val") for n in node.graph.nodes)
+        mode = next(v.fake_mode for v in values if hasattr(v, "fake_mode"))
+        with mode:
+            given = fx.node.map_arg((args, node.kwargs), fake_value)
+            node.meta["val"] = op(*given[0], **given[1])  # type: ignore[operator, misc]
+    return node.meta["val"]
+
+
+def hint(size: Any, otherwise: int = 2048) -> int:
+    """A size as it was seen, if it is symbolic; asks without guarding."""
+    return size if isinstance(size, int) else int(size.node.hint or otherwise)
 
 
 def inductor_random(size: list[Any], key: Any) -> Any:

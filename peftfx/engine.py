@@ -82,6 +82,7 @@ class Context:
     skip: frozenset[str] = frozenset()
     snapshots: bool = False
     frozen: Callable[[fx.Node], bool] = lambda node: False
+    autocast: bool = False  # whether the graph, or a part of it, runs under autocast
     step: Step = field(default_factory=lambda: Step(""))
 
     def refuse(self, node: fx.Node, reason: str) -> None:
@@ -276,6 +277,7 @@ class Recorder(GraphAppendingTracer):
     def __init__(self, graph: fx.Graph, name: str, provenance: Provenance | None = None) -> None:
         super().__init__(graph)
         self.made = (name, provenance)
+        self.nodes: list[fx.Node] = []
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Value(node, self)
@@ -283,6 +285,7 @@ class Recorder(GraphAppendingTracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(*args, **kwargs)
         node.meta[META] = self.made
+        self.nodes.append(node)
         give_value(node)
         return node
 

@@ -9,36 +9,60 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from peftfx import mark
+from peftfx import attention, mark, sequence
 from peftfx.binding import Binding, Tensors, entry_of, parameter, refuse_fixed, tensors_of
-from peftfx.methods.method import Method, float_dtype
+from peftfx.errors import MergeError
+from peftfx.methods.method import Method, Param, float_dtype
 from peftfx.methods.train import VALUE
 from peftfx.plans import Placement, Plan
 from peftfx.registry import own, owner_of
 from peftfx.spec import Spec
 
 
+@torch.no_grad()
 def create(model: nn.Module, plan: Plan, spec: Spec) -> list[Tensors]:
     """Fresh tensors for every placement, on the device of its site."""
+    held: dict[tuple[object, ...], Tensor] = {}  # what several placements share
     values = []
     for p in plan:
         like = parameter(model, p.site.name)
         made: Tensors = {}
-        for name, param in p.method.params(p.site).items():
+        for name, param in p.params.items():
             if p.method.acts == "parameter":
                 made[name] = nn.Parameter(like.detach().clone())
                 continue
-            dtype = float_dtype(like.dtype, spec.dtype)
-            value = torch.empty(param.shape, dtype=dtype, device=like.device)
-            with torch.no_grad():
+            holder = p.holder(name)
+            if holder not in held:
+                dtype = param.dtype or float_dtype(like.dtype, spec.dtype)
+                value = torch.empty(param.shape, dtype=dtype, device=like.device)
                 param.init(value)
-            made[name] = nn.Parameter(value)
-        for name, buffer in p.method.buffers(p.site).items():
-            made[name] = buffer.to(like.device)
-        values.append(made)
+                held[holder] = as_held(value, param)
+            made[name] = held[holder]
+        p.method.start(like.detach(), made, p.site)
+        values.append(made | constants(p, like.device))
     return values
+
+
+def waiting(plan: Plan) -> bool:
+    """Whether a fresh adapter of *plan* has to see data before it means anything."""
+    return any(p.method.calibration(p.site) is not None for p in plan if p.method.trains)
+
+
+def as_held(value: Tensor, param: Param) -> Tensor:
+    """*value* in the form in which slots hold it.
+
+    What is frozen is a buffer; where it is shared it is a parameter, for ``.to()`` keeps those one.
+    """
+    if param.trains or (param.shared is not None and value.is_floating_point()):
+        return nn.Parameter(value, requires_grad=param.trains)
+    return value
+
+
+def constants(p: Placement, device: torch.device) -> Tensors:
+    """The method's buffers at a placement."""
+    return {name: buffer.to(device) for name, buffer in p.method.buffers(p.site).items()}
 
 
 def swap(model: nn.Module, binding: Binding, names: tuple[str, ...], new: nn.Parameter) -> None:
@@ -75,12 +99,31 @@ def place_all(model: nn.Module, binding: Binding, plan: Plan) -> None:
     for p in plan:
         if p.method.acts != "parameter":
             owner = model.get_submodule(p.site.module)
-            mark.place(owner, p.site, p.method, binding.acts.get(p.site.name))
+            entry = mark.place(owner, p.site, p.method, binding.acts_of(p, p.method))
+            if p.method.acts == "tokens":
+                sequence.feed(model, entry, p.site.around)
+            elif p.method.acts == "attention":
+                attention.scope(model, entry, p.site.around)
 
 
 def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -> None:
-    """Makes *weights* the active adapters: their tensors go into the slots and marks go on."""
+    """Makes *weights* the active adapters: their tensors go into the slots and marks go on.
+
+    Raises:
+        MergeError: they cannot be mixed. What was active before still is.
+    """
+    before = binding.active
     uninstall(model, binding)
+    try:
+        _install(model, binding, weights)
+    except MergeError:
+        uninstall(model, binding)
+        if before:
+            _install(model, binding, before)
+        raise
+
+
+def _install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -> None:
     binding.active = dict(weights)
     single = len(weights) == 1 and next(iter(weights.values())) == 1.0
     if single:
@@ -110,7 +153,7 @@ def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) ->
                     tensor.data = tensor.data.to(device)
                 else:
                     tensors[name] = tensor.to(device)
-            entry.fill(method, tensors)
+            entry.fill(method, tensors, p.params if single else (), method.reads_at(p.site))
         binding.installed.append((p, method))
         for tensor in tensors.values():
             own(tensor, model, p.site.name)
@@ -122,7 +165,7 @@ def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) ->
 
 def _key(binding: Binding, p: Placement, method: Method) -> str:
     strict = any(binding.adapters[a].spec.strict for a in binding.active)
-    return method.key(p.site, binding.acts.get(p.site.name), strict)
+    return method.key(p.site, binding.acts_of(p, method), strict)
 
 
 def set_keys(model: nn.Module, binding: Binding) -> None:
@@ -131,7 +174,9 @@ def set_keys(model: nn.Module, binding: Binding) -> None:
     refuse_fixed(binding)
     for p, method in binding.installed:
         if p.method.acts != "parameter":
-            entry_of(model, p).key = _key(binding, p, method) if on else ""
+            entry = entry_of(model, p)
+            entry.acts = binding.acts_of(p, method)
+            entry.key = _key(binding, p, method) if on else ""
 
 
 def uninstall(model: nn.Module, binding: Binding) -> None:
@@ -163,10 +208,11 @@ def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Meth
                 parts.setdefault(at, []).append((weight, p, tensors))
     for found in parts.values():
         p = found[0][1]
-        extra = {}
-        if p.method.acts == "parameter":
-            extra = {"base": parameter(model, p.site.name)}
-        given = [(w, q.method, {**t, **extra}) for w, q, t in found]
+        if len(found) == 1 and found[0][0] == 1.0:  # it stands for itself
+            yield p, p.method, {n: t.detach() for n, t in found[0][2].items()}
+            continue
+        base = parameter(model, p.site.name)
+        given = [(w, q.method, {**t, "base": base}) for w, q, t in found]
         with torch.no_grad():
             method, tensors = p.method.mix(given, p.site)
         yield p, method, {n: t.detach() for n, t in tensors.items()}

@@ -55,4 +55,5 @@ def load(
             for into, found in zip(tensors_of(plain, binding, adapter), values, strict=True):
                 for name, value in found.items():
                     into[name].copy_(value)
+        binding.adapters[adapter].waits = False
     return model

@@ -8,7 +8,7 @@ backend is adapted all the same, merely unfused. Only :mod:`peftfx.passes.insert
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftfx import attention
 from peftfx.errors import NotAdaptedError
-from peftfx.methods.method import Acts, Method, decode
+from peftfx.methods.method import OF_BASE, Acts, Method, decode
+from peftfx.sequence import State
 from peftfx.site import SLOT, Site
 
 SCHEMA = "(Tensor? y, Tensor x, Tensor[] tensors, Tensor? seed, str key, bool training) -> Tensor"
@@ -42,19 +44,29 @@ class Entry(nn.Module):
         self.reads: tuple[str, ...] = ()  # base parameters of the owner
         self.drops = False  # whether the method needs a seed when it trains
         self.method: Method | None = None
+        self.state = State()  # of the call at hand, for acts `tokens`
 
-    def fill(self, method: Method, tensors: Mapping[str, Tensor]) -> None:
-        """Puts *tensors*, made for *method*, into the entry; the objects themselves, no copies."""
+    def fill(
+        self,
+        method: Method,
+        tensors: Mapping[str, Tensor],
+        kept: Container[str] = (),
+        reads: tuple[str, ...] = (),
+    ) -> None:
+        """Puts *tensors*, made for *method*, into the entry; the objects themselves, no copies.
+
+        Those whose names are *kept* are part of the state dict; others are made anew from options.
+        """
         for name in self.names:
             delattr(self, name)
         for name, tensor in tensors.items():
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:
-                self.register_buffer(name, tensor, persistent=False)
+                self.register_buffer(name, tensor, persistent=name in kept)
         self.names = tuple(tensors)
         self.method = method
-        self.reads = method.reads
+        self.reads = tuple(name.removeprefix(OF_BASE) for name in reads)
         self.drops = method.draws(True)
 
     def empty(self) -> None:
@@ -93,31 +105,41 @@ def proof() -> Iterator[set[str]]:
         _fired.reset(token)
 
 
-def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor) -> Tensor:
+def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor, state: str = "") -> Tensor:
     if not torch.compiler.is_compiling():
         fired = _fired.get()
         if fired is not None:
             fired.add(entry.site)
     tensors = [getattr(entry, name) for name in entry.names]
-    tensors += [getattr(owner, name) for name in entry.reads]
+    tensors += [owner._parameters[name] for name in entry.reads]  # the base's, past any mark
     seed = None
     if entry.drops and owner.training:
         # drawn here and not in the op: a recomputed region replays it, and the op stays pure
         seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
-    return torch.ops.peftfx.site(y, x, tensors, seed, entry.key, owner.training)
+    return torch.ops.peftfx.site(y, x, tensors, seed, state + entry.key, owner.training)
 
 
 def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Any) -> Any:
     """Forward hook: methods that change the module's output. It must stay at module level."""
-    for entry in getattr(module, SLOT).children():
-        if entry.key and entry.acts == "output":
-            y = _mark(module, entry, y, args[0] if args else next(iter(kwargs.values())))
+    slot: Any = module._modules[SLOT]
+    for entry in slot._modules.values():
+        if not entry.key or entry.acts not in ("output", "tokens", "attention"):
+            continue
+        if entry.acts == "attention" and not torch.compiler.is_dynamo_compiling():
+            attention.arm(entry)
+            continue
+        state = _STATES[entry.state.now] if entry.acts == "tokens" else ""
+        y = _mark(module, entry, y, args[0] if args else next(iter(kwargs.values())), state)
     return y
+
+
+_STATES = {"write": "", "skip": "skip", None: "unarmed"}
 
 
 def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Forward pre-hook: methods that change the module's first input."""
-    for entry in getattr(module, SLOT).children():
+    slot: Any = module._modules[SLOT]
+    for entry in slot._modules.values():
         if entry.key and entry.acts == "input":
             if args:
                 args = (_mark(module, entry, None, args[0]), *args[1:])
@@ -131,7 +153,7 @@ def _read(module: nn.Module, name: str) -> Tensor:
     """The weight of *module* as others see it: with the marks of the entries that act on it."""
     w: Tensor = module._parameters[name]  # type: ignore[assignment]
     slot: Any = module._modules[SLOT]
-    for entry in slot.children():
+    for entry in slot._modules.values():
         if entry.key and entry.acts == "weight":
             w = _mark(module, entry, None, w)
     return w
@@ -161,9 +183,8 @@ def _new(cls: Any, name: str) -> nn.Module:
     return adapted.__new__(adapted)
 
 
-def place(module: nn.Module, site: Site, method: Method, acts: Acts | None = None) -> Entry:
-    """The entry of *method* at *module*, with the hook that serves it; made where missing."""
-    acts = acts or method.acts_at(site)
+def place(module: nn.Module, site: Site, method: Method, acts: Acts) -> Entry:
+    """The entry of *method* at *module*, with the hook that serves *acts*; made where missing."""
     slot = module._modules.get(SLOT)
     if slot is None:
         slot = Slot()
@@ -175,8 +196,7 @@ def place(module: nn.Module, site: Site, method: Method, acts: Acts | None = Non
         entry.train(module.training)
         slot.add_module(method.name, entry)
     assert isinstance(entry, Entry)
-    entry.acts = acts
-    if acts == "output" and not hooked(module, after):
+    if acts in ("output", "tokens", "attention") and not hooked(module, after):
         module.register_forward_hook(after, with_kwargs=True)
     if acts == "input" and not hooked(module, before):
         module.register_forward_pre_hook(before, with_kwargs=True)
@@ -190,7 +210,7 @@ def armed(module: nn.Module, acts: Acts) -> bool:
     """Whether what makes an entry of *acts* fire is still in place."""
     if acts == "weight":
         return hasattr(type(module), _BASE)
-    return hooked(module, after if acts == "output" else before)
+    return hooked(module, before if acts == "input" else after)
 
 
 def displace(module: nn.Module, method: str) -> None:
@@ -205,12 +225,17 @@ def displace(module: nn.Module, method: str) -> None:
 def clear(module: nn.Module) -> None:
     """Takes the slot and its hooks off *module*."""
     module._modules.pop(SLOT, None)
-    if hasattr(type(module), _BASE):
-        module.__class__ = getattr(type(module), _BASE)
+    unread(module)
     for hooks, extra, hook in _tables(module):
         for handle in [h for h, f in hooks.items() if f is hook]:
             del hooks[handle]
             extra.pop(handle, None)
+
+
+def unread(module: nn.Module) -> None:
+    """Lets the weight of *module* be read as it is again."""
+    if hasattr(type(module), _BASE):
+        module.__class__ = getattr(type(module), _BASE)
 
 
 def hooked(module: nn.Module, hook: Any) -> bool:
@@ -324,8 +349,8 @@ def _vmap(
 ) -> tuple[Tensor, int]:
     """Batching of the activations, for kinds that treat all leading axes alike."""
     y_dim, x_dim, tensor_dims, seed_dim, *_ = in_dims
-    if decode(key).kind not in ("linear", "hf_conv1d", "embedding") or seed_dim is not None:
-        raise NotAdaptedError(f"vmap over {decode(key).kind} marks or their dropout")
+    if decode(key).weight.kind not in ("linear", "hf_conv1d", "embedding") or seed_dim is not None:
+        raise NotAdaptedError(f"vmap over {decode(key).weight.kind} marks or their dropout")
     if any(d is not None for d in tensor_dims or ()) or decode(key).acts != "output":
         raise NotAdaptedError("vmap over the tensors of an adapter")
     assert y is not None
@@ -337,3 +362,21 @@ def _vmap(
 
 
 torch.library.register_vmap("peftfx::site", _vmap, lib=_library)
+
+
+@functools.cache
+def refuse_sharded_activations() -> None:
+    """Makes marks on ``DTensor`` activations refuse by name; binding calls it.
+
+    FSDP2's weights are whole and plain when a module runs; tensor-parallel modules hand over
+    shards.
+    """
+    from torch.distributed.tensor import DTensor
+
+    def refuse(mode: Any, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise NotAdaptedError(
+            "the module runs on DTensors: an adapter is not split along with its weight",
+            remedy="leave adapted modules out of the parallel plan, or shard with FSDP2",
+        )
+
+    torch.library.register_torch_dispatch("peftfx::site", DTensor, refuse, lib=_library)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from peftfx.binding import Binding, bound, entry_of, parameter, refuse_fixed
 from peftfx.errors import BindError, MergeError
 from peftfx.install import set_keys
-from peftfx.methods.method import Method
+from peftfx.methods.method import OF_BASE, Method
 from peftfx.plans import Placement
 
 
@@ -33,12 +33,11 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
         raise BindError("the adapters are off", remedy="leave `with peftfx.disabled(model)` first")
     merged: dict[str, Tensor] = {}
     with torch.no_grad():
-        for p, method in binding.installed:
-            if p.method.acts == "parameter":
-                continue  # the trained value is in its place already
+        for p, method in _as_applied(plain, binding):
             _check_tied(plain, p, untie)
-            tensors = entry_of(plain, p).tensors()
-            tensors |= {n: parameter(plain, _sibling(p, n)) for n in method.reads}
+            entry = entry_of(plain, p)
+            tensors = entry.tensors()
+            tensors |= {OF_BASE + n: parameter(plain, _sibling(p, n)) for n in entry.reads}
             weight = merged.get(p.site.name, parameter(plain, p.site.name))
             merged[p.site.name] = method.merge(weight, tensors, p.site)
             _merge_bias(plain, p, method, tensors, merged)
@@ -53,6 +52,21 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
         return model
     set_keys(plain, binding)
     return model
+
+
+def _as_applied(model: nn.Module, binding: Binding) -> list[tuple[Placement, Method]]:
+    """The adapters in the order in which they act on the weight.
+
+    First those where it is read, then those on the output; the input that its product is taken
+    with was changed by the first of the rules first, so that the last of them is next to it.
+    """
+    by_side: dict[str, list[tuple[Placement, Method]]] = {"weight": [], "output": [], "input": []}
+    for p, method in binding.installed:
+        if p.method.acts != "parameter":  # a trained value is in its place already
+            by_side.setdefault(entry_of(model, p).acts, []).append((p, method))
+    sides = (by_side.pop("weight"), by_side.pop("output"), reversed(by_side.pop("input")))
+    others = by_side.values()  # what acts on no weight refuses when it is its turn
+    return [found for side in (*others, *sides) for found in side]
 
 
 def unmerge(model: nn.Module) -> nn.Module:

@@ -15,10 +15,11 @@ from typing import Any
 
 from torch import nn
 
-from peftfx import mark
+from peftfx import attention, mark, sequence
 from peftfx.bind import forms
 from peftfx.binding import (
     Adapter,
+    Binding,
     Tensors,
     binding_of,
     bound,
@@ -27,11 +28,11 @@ from peftfx.binding import (
     tensors_of,
 )
 from peftfx.checkpoint import read
-from peftfx.errors import AdapterError, BindError, MergeError
-from peftfx.install import base_of, create, install, place_all
-from peftfx.plans import make_plan
+from peftfx.errors import AdapterError, BindError, MergeError, OptimizerError
+from peftfx.install import base_of, create, install, place_all, waiting
+from peftfx.plans import Placement, make_plan
 from peftfx.registry import disown
-from peftfx.site import SLOT
+from peftfx.site import SLOT, sites
 from peftfx.spec import Spec
 
 
@@ -91,7 +92,7 @@ def insert(
             binding.proven = False  # new sites: the next compile proves their marks
         values = create(model, plan, spec) if tensors is None else tensors
     place_all(model, binding, plan)
-    made = Adapter(adapter, spec, plan, trainable, values)
+    made = Adapter(adapter, spec, plan, trainable, values, tensors is None and waiting(plan))
     binding.adapters[adapter] = made
     return made
 
@@ -122,6 +123,8 @@ def remove(model: nn.Module, adapter: str) -> None:
         if p.method.acts == "parameter" or (p.site.module, p.method.name) in kept:
             continue
         mark.displace(model.get_submodule(p.site.module), p.method.name)
+    sequence.tidy(model)
+    attention.tidy(model)
 
 
 def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
@@ -168,33 +171,58 @@ def named_parameters(
     model: nn.Module, adapter: str | None = None
 ) -> list[tuple[str, nn.Parameter]]:
     """Names (``<site>:<method>.<tensor>``) and parameters of what trains."""
-    model, binding = bound(model)
-    names = [adapter] if adapter is not None else list(binding.active)
-    found = []
-    for name in names:
-        plan = binding.adapter(name).plan
-        for p, tensors in zip(plan, tensors_of(model, binding, name), strict=True):
+    return [
+        (f"{p.site.name}:{p.method.name}.{leaf}", tensor)
+        for _, p, leaf, tensor in _trained(*bound(model), adapter)
+    ]
+
+
+def _trained(
+    model: nn.Module, binding: Binding, adapter: str | None = None
+) -> Iterator[tuple[Adapter, Placement, str, nn.Parameter]]:
+    """What trains, each tensor once, with the first of the placements that hold it."""
+    seen: set[int] = set()
+    for name in [adapter] if adapter is not None else list(binding.active):
+        owner = binding.adapter(name)
+        for p, tensors in zip(owner.plan, tensors_of(model, binding, name), strict=True):
             for leaf, tensor in tensors.items():
-                if isinstance(tensor, nn.Parameter) and tensor.requires_grad:
-                    found.append((f"{p.site.name}:{p.method.name}.{leaf}", tensor))
-    return found
+                if not isinstance(tensor, nn.Parameter) or not tensor.requires_grad:
+                    continue
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield owner, p, leaf, tensor
 
 
 def parameter_groups(
     model: nn.Module, lr: float | None = None, weight_decay: float | None = None
 ) -> list[dict[str, Any]]:
-    """Groups for an optimizer: matrices with *weight_decay*, vectors (biases, norms) without."""
-    found = parameters(model)
-    groups = []
-    for decay, chosen in (
-        (weight_decay, [p for p in found if p.ndim > 1]),
-        (0.0, [p for p in found if p.ndim <= 1]),
-    ):
-        if chosen:
-            group: dict[str, Any] = {"params": chosen}
-            if lr is not None:
-                group["lr"] = lr
-            if decay is not None:
-                group["weight_decay"] = decay
-            groups.append(group)
-    return groups
+    """Groups for an optimizer, by learning rate and weight decay.
+
+    A rule's own ``lr`` and ``weight_decay`` come before the arguments, of which *weight_decay* is
+    for matrices alone: vectors (biases, norms, magnitudes) get none. A rule's ``layer_decay`` and
+    its method's ratios (LoRA+) multiply the rate.
+
+    Raises:
+        OptimizerError: a ratio, and no learning rate to multiply.
+    """
+    model, binding = bound(model)
+    depth = max((s.layers or 0 for s in sites(model)), default=0)
+    groups: dict[tuple[float | None, float | None], list[nn.Parameter]] = {}
+    for adapter, p, leaf, tensor in _trained(model, binding):
+        rates = adapter.spec.rules[p.rule].rates_at(p.site)
+        rate = lr if rates.lr is None else rates.lr
+        ratio = rates.ratio(p.site, depth) * p.method.lr_ratio(leaf)
+        if ratio != 1.0 and rate is None:
+            raise OptimizerError(
+                f"rule {p.rule} ({p.method.name}) multiplies a learning rate, and none is given",
+                remedy="peftfx.parameter_groups(model, lr=…), or `lr:` in the rule",
+            )
+        decay = weight_decay if sum(n > 1 for n in tensor.shape) > 1 else 0.0
+        decay = decay if rates.weight_decay is None else rates.weight_decay
+        groups.setdefault((None if rate is None else rate * ratio, decay), []).append(tensor)
+    return [
+        {"params": params}
+        | ({} if rate is None else {"lr": rate})
+        | ({} if decay is None else {"weight_decay": decay})
+        for (rate, decay), params in groups.items()
+    ]

@@ -11,12 +11,18 @@ from typing import Any
 from torch import nn
 
 from peftfx.errors import PlanError, RoleError, nearest
-from peftfx.methods.method import Method
+from peftfx.layout import Layout, layout
+from peftfx.methods.method import Method, Param
 from peftfx.roles import Roles
 from peftfx.roles import roles as roles_of
 from peftfx.site import Site, sites
 from peftfx.spec import Rule, Spec
 from peftfx.trace import Trace, trace
+
+SOUGHT = {
+    "tokens": "at a table of embeddings that a sequence of token ids goes into",
+    "attention": "at calls of scaled_dot_product_attention whose queries a linear makes",
+}
 
 
 @dataclass(frozen=True)
@@ -29,11 +35,25 @@ class Placement:
     where: str | None = None
 
     @property
+    def params(self) -> dict[str, Param]:
+        """The tensors that make the adapter here."""
+        return self.method.params(self.site) if self.method.trains else {}
+
+    def holder(self, name: str) -> tuple[object, ...]:
+        """What says whether a tensor is another placement's too: those alike have one."""
+        shared = self.params[name].shared
+        where = (self.site.name,) if shared is None else (self.rule, self.method, shared)
+        return (self.method.name, *where, name)
+
+    @property
+    def shares(self) -> bool:
+        """Whether all that trains here is shared with other placements of the rule."""
+        return all(param.shared is not None for param in self.params.values() if param.trains)
+
+    @property
     def count(self) -> int:
-        """Trainable values."""
-        if not self.method.trains:
-            return 0
-        return sum(math.prod(p.shape) for p in self.method.params(self.site).values())
+        """Trainable values; those that several placements share are counted with each."""
+        return sum(math.prod(p.shape) for p in self.params.values() if p.trains)
 
 
 @dataclass(frozen=True)
@@ -56,7 +76,13 @@ class Plan:
     @property
     def trainable(self) -> int:
         """Number of values that train."""
-        return sum(p.count for p in self.placements)
+        sizes = {
+            p.holder(name): math.prod(param.shape)
+            for p in self.placements
+            for name, param in p.params.items()
+            if param.trains
+        }
+        return sum(sizes.values())
 
     def __iter__(self) -> Iterator[Placement]:
         return iter(self.placements)
@@ -114,15 +140,22 @@ def make_plan(
     needed = any(
         s.role for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))
     )
-    traced = trace(model, example) if needed or example is not None else None
-    return resolve(model, spec, roles_of(traced) if needed and traced else None), traced
+    placed = any(r.method.acts in ("tokens", "attention") for r in spec.rules)
+    traced = trace(model, example) if needed or placed or example is not None else None
+    if traced is None:
+        return resolve(model, spec), None
+    places = layout(model, traced, example) if placed else None
+    return resolve(model, spec, roles_of(traced) if needed or placed else None, places), traced
 
 
-def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:
+def resolve(
+    model: nn.Module, spec: Spec, roles: Roles | None = None, places: Layout | None = None
+) -> Plan:
     """The plan of *spec* on *model*. Nothing is changed.
 
     Args:
         roles: what the model's dataflow says, needed by specs that select by role.
+        places: where it embeds tokens and attends, needed by methods that act there.
 
     Raises:
         PlanError: a rule that matches nothing, two rules that clash, a shape that forbids a rule.
@@ -136,9 +169,16 @@ def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:
     placements: list[Placement] = []
     refusals: list[Refusal] = []
     for number, rule in enumerate(spec.rules):
-        matched = [s for s in known if rule.selector.matches(s, rule.method, s.layers or 0)]
+        acts = rule.method.acts
+        within = places.sites(known, acts) if places and acts in ("tokens", "attention") else known
+        if not within:
+            raise PlanError(
+                f"{rule.method.name} acts {SOUGHT[acts]}, and the model's run shows none",
+                where=rule.where,
+            )
+        matched = [s for s in within if rule.selector.matches(s, rule.method, s.layers or 0)]
         if not matched:
-            raise _nothing(rule, known, roles)
+            raise _nothing(rule, within, roles)
         placed = []
         for site in matched:
             method = rule.method_at(site)
@@ -155,13 +195,13 @@ def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:
                 site=first.site.name,
                 remedy="name sites that the method acts at",
             )
-        placements += placed
+        placements += _over(placed)
     refusals = [r for r in refusals if _worth_telling(r, placements)]
     placements = _same_tensor(placements)
     _clashes(placements)
     for p in placements:
         try:
-            p.method.params(p.site)
+            p.method.check(p.site)
         except PlanError as error:
             raise PlanError(
                 error.message, where=p.where, site=p.site.name, remedy=error.remedy
@@ -170,10 +210,19 @@ def resolve(model: nn.Module, spec: Spec, roles: Roles | None = None) -> Plan:
     return Plan(tuple(placements), tuple(refusals), total)
 
 
+def _over(placed: list[Placement]) -> list[Placement]:
+    """Each method of a rule, told all the sites that it acts at with the same options."""
+    sites: dict[Method, list[Site]] = {}
+    for p in placed:
+        sites.setdefault(p.method, []).append(p.site)
+    told = {method: method.over(where) for method, where in sites.items()}
+    return [replace(p, method=told[p.method]) for p in placed]
+
+
 def _partly(rule: Rule, site: Site) -> str | None:
     """A fused projection is taken whole or not at all: no role of it may be left out silently."""
     asked = rule.selector.role
-    if not asked or len(site.roles) < 2:
+    if not asked or len(site.roles) < 2 or rule.method.acts in ("tokens", "attention"):
         return None
     missing = sorted(r for r in site.roles if not rule.selector.asks(r))
     if not missing:
@@ -193,7 +242,7 @@ def _worth_telling(refusal: Refusal, placements: list[Placement]) -> bool:
 
 def _nothing(rule: Rule, known: list[Site], roles: Roles | None) -> PlanError:
     if rule.selector.role and roles is not None:
-        found = frozenset().union(*(s.roles for s in known))
+        found: frozenset[str] = frozenset().union(*(s.roles for s in known))
         if not any(rule.selector.asks(r) for r in found):
             asked = " ".join(rule.selector.role)
             return RoleError(
@@ -226,9 +275,12 @@ def _same_tensor(placements: list[Placement]) -> list[Placement]:
 
 def _clashes(placements: Iterable[Placement]) -> None:
     at: dict[tuple[str, str], Placement] = {}
+    moved: dict[str, Placement] = {}
     for p in placements:
-        # methods that take a parameter over exclude each other; others may be stacked
-        what = "parameter" if p.method.acts == "parameter" else p.method.name
+        # methods that take a parameter over, or stand in front of all else, exclude each other;
+        # others may be stacked
+        alone = p.method.acts in ("parameter", "tokens", "attention")
+        what = p.method.acts if alone else p.method.name
         names = (p.site.name, *p.site.aliases) if what == "parameter" else (p.site.name,)
         for name in names:
             other = at.setdefault((name, what), p)
@@ -239,4 +291,13 @@ def _clashes(placements: Iterable[Placement]) -> None:
                     where=p.where,
                     site=name,
                     remedy="exclude the site from one of them with `except:`",
+                )
+        for path, _ in p.site.around.get("positions", ()):
+            other = moved.setdefault(path, p)
+            if other.method.length != p.method.length:  # type: ignore[attr-defined]
+                raise PlanError(
+                    f"prefixes of different lengths share the positions of {path}",
+                    where=p.where,
+                    site=p.site.name,
+                    remedy="give all prefixes of a stack one length",
                 )

@@ -12,11 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from peftfx import engine
+from peftfx import engine, mark
 from peftfx.bind import bind
 from peftfx.binding import entry_of
 from peftfx.errors import BindError
+from peftfx.methods.method import Acts
 from peftfx.passes import PIPELINE
+from peftfx.plans import Placement
 from peftfx.site import SLOT, attrs_of, kind_of
 from peftfx.spec import Spec
 
@@ -45,23 +47,16 @@ def rewrite(
         gm = copy.deepcopy(target)
     binding = bind(gm, spec, adapter=adapter)
     origins: dict[fx.Node, engine.Provenance] = {}
-    for placement, method in binding.installed:
-        if placement.method.acts == "parameter":
-            continue
-        if method.acts_at(placement.site) != "output":
-            raise BindError(
-                f"{method.name} acts on the {method.acts_at(placement.site)} here, and a graph "
-                "module's calls show outputs alone",
-                site=placement.site.name,
-            )
-        calls = list(gm.graph.find_nodes(op="call_module", target=placement.site.module))
+    placed: dict[str, list[Placement]] = {}
+    for placement, _ in binding.installed:
+        if placement.method.acts != "parameter":
+            placed.setdefault(placement.site.module, []).append(placement)
+    for path, adapters in placed.items():
+        calls = list(gm.graph.find_nodes(op="call_module", target=path))
         if not calls:
-            raise BindError("the graph does not call this module", site=placement.site.name)
+            raise BindError("the graph does not call this module", site=adapters[0].site.name)
         for call in calls:
-            mark = _mark(gm, call, entry_of(gm, placement))
-            origins[mark] = engine.Provenance(
-                placement.rule, placement.where, method.name, placement.site.name
-            )
+            origins |= _marked(gm, call, adapters)
     planned = {id(p) for p in gm.parameters() if p.requires_grad}
     context = engine.Context(
         provenance=origins.get, frozen=lambda n: id(_parameter(gm, n)) not in planned
@@ -78,25 +73,41 @@ def _parameter(gm: fx.GraphModule, node: fx.Node) -> nn.Parameter | None:
     return gm.get_submodule(path)._parameters.get(leaf)
 
 
-def _mark(gm: fx.GraphModule, call: fx.Node, entry: Any) -> fx.Node:
-    """Writes out the module that *call* calls, and sets the site's mark after it."""
-    path = str(call.target)
+def _marked(
+    gm: fx.GraphModule, call: fx.Node, adapters: list[Placement]
+) -> dict[fx.Node, engine.Provenance]:
+    """Writes out the module that *call* calls, with the marks of its sites around it."""
+    path, graph = str(call.target), gm.graph
     module = gm.get_submodule(path)
-    x = call.args[0] if call.args else next(iter(call.kwargs.values()))
-    graph = gm.graph
+    mark.unread(module)
+    origins: dict[fx.Node, engine.Provenance] = {}
+
+    def through(acts: Acts, value: Any, x: Any = None) -> Any:
+        for p in adapters:
+            entry = entry_of(gm, p)
+            if entry.acts != acts:
+                continue
+            stem = f"{path}.{SLOT}.{p.method.name}"
+            tensors = [_attr(gm, f"{stem}.{n}") for n in entry.names]
+            tensors += [_attr(gm, f"{path}.{name}") for name in entry.reads]
+            seed = None
+            if entry.drops and module.training:
+                seed = graph.call_function(torch.randint, (0, 2**62, ()), {"dtype": torch.int64})
+            pair = (None, value) if acts != "output" else (value, x)
+            value = graph.call_function(
+                torch.ops.peftfx.site.default, (*pair, tensors, seed, entry.key, module.training)
+            )
+            origins[value] = engine.Provenance(p.rule, p.where, p.method.name, p.site.name)
+        return value
+
+    given = call.args[0] if call.args else next(iter(call.kwargs.values()))
     with graph.inserting_before(call):
-        y = _written_out(gm, path, module, x)
-        tensors = [_attr(gm, f"{path}.{SLOT}.{entry.method.name}.{n}") for n in entry.names]
-        tensors += [_attr(gm, f"{path}.{name}") for name in entry.reads]
-        seed = None
-        if entry.drops and module.training:
-            seed = graph.call_function(torch.randint, (0, 2**62, ()), {"dtype": torch.int64})
-        mark = graph.call_function(
-            torch.ops.peftfx.site.default, (y, x, tensors, seed, entry.key, module.training)
-        )
-    call.replace_all_uses_with(mark)
+        x = through("input", given)
+        weight = through("weight", _attr(gm, f"{path}.weight"))
+        y = through("output", _written_out(gm, path, module, x, weight), x)
+    call.replace_all_uses_with(y)
     graph.erase_node(call)
-    return mark
+    return origins
 
 
 def _attr(gm: fx.GraphModule, path: str) -> fx.Node:
@@ -108,9 +119,10 @@ def _attr(gm: fx.GraphModule, path: str) -> fx.Node:
     return node
 
 
-def _written_out(gm: fx.GraphModule, path: str, module: nn.Module, x: Any) -> fx.Node:
+def _written_out(
+    gm: fx.GraphModule, path: str, module: nn.Module, x: Any, weight: fx.Node
+) -> fx.Node:
     graph, kind = gm.graph, kind_of(module)
-    weight = _attr(gm, f"{path}.weight")
     bias = _attr(gm, f"{path}.bias") if getattr(module, "bias", None) is not None else None
     if kind == "linear":
         return graph.call_function(F.linear, (x, weight, bias))

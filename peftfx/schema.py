@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from peftfx.methods.method import lookup, names
+from peftfx.rates import DOCS, KEYS
 from peftfx.select import KINDS, ROLES
 from peftfx.site import STACKS
 from peftfx.spec import DTYPES, VERSION, model_of
@@ -35,6 +36,14 @@ def _selectors() -> dict[str, Any]:
     }
 
 
+def _rates() -> dict[str, Any]:
+    most = {"layer_decay": {"maximum": 1}}
+    return {
+        key: {"type": "number", "minimum": 0, **most.get(key, {}), "description": DOCS[key]}
+        for key in KEYS
+    }
+
+
 def schema() -> dict[str, Any]:
     """The schema of a spec file; each method is one form of a rule."""
     rules = []
@@ -45,7 +54,7 @@ def schema() -> dict[str, Any]:
         doc = (method.__doc__ or "").strip().splitlines()[0]
         override = {
             "type": "object",
-            "properties": {**_selectors(), **options},
+            "properties": {**_selectors(), **_rates(), **options},
             "additionalProperties": False,
         }
         rules.append(
@@ -55,6 +64,7 @@ def schema() -> dict[str, Any]:
                 "properties": {
                     "method": {"const": name},
                     **_selectors(),
+                    **_rates(),
                     **options,
                     "overrides": {"type": "array", "items": override},
                 },

@@ -39,11 +39,13 @@ class Site:
     attrs: Mapping[str, Any] = field(default_factory=dict, hash=False)
     aliases: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()  # other paths of the very same module
+    siblings: tuple[str, ...] = ()  # all parameters of the owner, by name
     roles: frozenset[str] = frozenset()
     layer: int | None = None
     layers: int | None = None  # how many blocks its stack has
     stack: str | None = None
     trainable: bool = field(default=True, compare=False)
+    around: Mapping[str, Any] = field(default_factory=dict, compare=False)  # see peftfx.layout
 
     @property
     def name(self) -> str:
@@ -112,7 +114,10 @@ def attrs_of(module: nn.Module, kind: str) -> Mapping[str, Any]:
         names = ("stride", "padding", "dilation", "groups", "padding_mode", "kernel_size")
     elif kind == "embedding":
         names = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
-    return {n: getattr(module, n) for n in names}
+    attrs = {n: getattr(module, n) for n in names}
+    if kind == "embedding" and hasattr(module, "embed_scale"):  # it multiplies what it gives
+        attrs["embed_scale"] = float(module.embed_scale)  # type: ignore[arg-type]
+    return attrs
 
 
 def _block_of(model: nn.Module, path: str) -> dict[str, Any]:
@@ -160,6 +165,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 attrs=attrs_of(module, kind),
                 aliases=tuple(n for n in names[id(p)] if n != name),
                 paths=tuple(q for q in paths[id(module)] if q != path),
+                siblings=tuple(n for n, own in module._parameters.items() if own is not None),
                 **_block_of(model, path),
                 trainable=p.requires_grad,
             )

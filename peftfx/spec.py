@@ -19,6 +19,8 @@ from typing import Any, Literal
 
 from peftfx.errors import SpecError, nearest
 from peftfx.methods.method import Method, lookup, names
+from peftfx.rates import KEYS as RATES
+from peftfx.rates import UNSAID, Rates
 from peftfx.select import SELECTORS, Selector
 from peftfx.site import Site
 from peftfx.spec_file import Document, Path_, read
@@ -33,9 +35,11 @@ class Override:
 
     selector: Selector
     options: tuple[tuple[str, Any], ...]
+    rates: Rates = UNSAID
 
     def to_dict(self) -> dict[str, Any]:
-        return {**self.selector.to_dict(), **_plain(dict(self.options))}
+        rates = self.rates.to_dict()
+        return {**self.selector.to_dict(), **_plain(dict(self.options)), **rates}
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,15 @@ class Rule:
     selector: Selector
     overrides: tuple[Override, ...] = ()
     where: str | None = field(default=None, compare=False)
+    rates: Rates = UNSAID
+
+    def rates_at(self, site: Site) -> Rates:
+        """The rates that hold at *site*."""
+        rates = self.rates
+        for override in self.overrides:
+            if override.selector.matches(site, self.method, site.layers or 0):
+                rates = override.rates.over(rates)
+        return rates
 
     def method_at(self, site: Site) -> Method:
         """The method with the options that hold at *site*."""
@@ -63,6 +76,7 @@ class Rule:
             if getattr(self.method, f.name) != f.default
         }
         content = {"method": self.method.name, **self.selector.to_dict(), **_plain(options)}
+        content |= self.rates.to_dict()
         if self.overrides:
             content["overrides"] = [o.to_dict() for o in self.overrides]
         return content
@@ -107,8 +121,8 @@ class Spec:
 
     @classmethod
     def from_peft(cls, config: Any) -> Spec:
-        """The spec that a ``peft.LoraConfig``, or its mapping, amounts to."""
-        from peftfx.peft_format import spec_from_config
+        """The spec that a configuration of HF PEFT, or its mapping, amounts to."""
+        from peftfx.peft_config import spec_from_config
 
         return spec_from_config(config)
 
@@ -187,15 +201,15 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
     overrides = rule.pop("overrides", [])
     if not isinstance(overrides, (list, tuple)):
         raise SpecError("overrides is a list", where=document.where((*at, "overrides")))
-    selector, options = _split(document, at, rule, method)
+    selector, options, rates = _split(document, at, rule, method)
     made = _make(document, at, method, options)
     parsed = []
     for i, override in enumerate(overrides):
         place = (*at, "overrides", i)
         if not isinstance(override, Mapping):
             raise SpecError("an override is a mapping", where=document.where(place))
-        chosen, changed = _split(document, place, dict(override), method)
-        if not changed:
+        chosen, changed, other = _split(document, place, dict(override), method)
+        if not changed and other == UNSAID:
             raise SpecError(
                 "an override changes no option",
                 where=document.where(place),
@@ -206,14 +220,15 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
         except SpecError as error:
             where = document.where((*place, next(iter(changed))))
             raise SpecError(error.message, where=where, remedy=error.remedy) from None
-        parsed.append(Override(chosen, tuple(sorted(changed.items()))))
+        parsed.append(Override(chosen, tuple(sorted(changed.items())), other))
     if selector == Selector():
         raise SpecError(
             "a rule says where its method acts",
             where=document.where(at),
             remedy="select by " + ", ".join(SELECTORS),
         )
-    return Rule(made, selector, tuple(parsed), document.where(at) if document.lines else None)
+    line = document.where(at) if document.lines else None
+    return Rule(made, selector, tuple(parsed), line, rates)
 
 
 def _options(method: type[Method]) -> list[str]:
@@ -222,20 +237,19 @@ def _options(method: type[Method]) -> list[str]:
 
 def _split(
     document: Document, at: Path_, content: dict[str, Any], method: type[Method]
-) -> tuple[Selector, dict[str, Any]]:
-    """Selector and validated options of a rule or an override."""
+) -> tuple[Selector, dict[str, Any], Rates]:
+    """Selector, validated options and rates of a rule or an override."""
     options = _options(method)
-    _known_keys(document, at, content, ("method", "overrides", *SELECTORS, *options))
-    given = {k: content[k] for k in SELECTORS if k in content}
+    _known_keys(document, at, content, ("method", "overrides", *SELECTORS, *RATES, *options))
+    given = {k: content[k] for k in (*SELECTORS, *RATES) if k in content}
     try:
-        selector = Selector.parse(given)
+        selector, rates = Selector.parse(given), Rates.parse(given)
     except SpecError as error:
-        key = next((k for k in given if error.message.startswith(k)), None)
+        key = next((k for k in given if error.message.startswith(f"{k} ")), None)
         where = document.where((*at, key) if key else at)
         raise SpecError(error.message, where=where, remedy=error.remedy) from None
-    return selector, _validated(
-        document, at, method, {k: v for k, v in content.items() if k in options}
-    )
+    found = _validated(document, at, method, {k: v for k, v in content.items() if k in options})
+    return selector, found, rates
 
 
 def _known_keys(

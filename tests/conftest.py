@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRITON_INTERPRET", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
@@ -21,6 +20,12 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("default")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Triton's interpreter stands in for a GPU, but for ``-m gpu``. Decided before any import."""
+    real = config.getoption("markexpr") == "gpu"
+    os.environ.setdefault("TRITON_INTERPRET", "0" if real else "1")
 
 
 @pytest.fixture(autouse=True)

@@ -18,8 +18,12 @@ from tests.helpers import fill
 def gradients(world: int, rank: int) -> dict[str, torch.Tensor]:
     torch._dynamo.reset()
     model = by_name("bert").build()
-    rule = {"method": "lora", "role": ["attention.query", "mlp.down"], "rank": 3}
-    peftfx.adapt(model, {"rules": [rule]}, lower="aot_eager")
+    rules = [
+        {"method": "lora", "role": ["attention.query", "mlp.down"], "rank": 3},
+        {"method": "prefix", "role": "attention", "length": 3, "mlp": True, "hidden": 6},
+        {"method": "prompt", "role": "tokens", "length": 2},
+    ]
+    peftfx.adapt(model, {"rules": rules}, lower="aot_eager")
     fill(peftfx.parameters(model))
     wrapped = DistributedDataParallel(model) if world > 1 else model
     generator = torch.Generator().manual_seed(0)

@@ -87,12 +87,12 @@ def test_equal_to_peft(arch: Architecture, tmp_path: Path) -> None:
 
 def _peft_keys(model: nn.Module) -> dict[str, str]:
     from peftfx.binding import bound
-    from peftfx.peft_format import keys_of
+    from peftfx.peft_format import Directory
 
     placements = bound(model)[1].adapters["default"].plan.placements
     return {
         f"{p.site.name}:{p.method.name}.{name}": key
-        for p, keys in zip(placements, keys_of(placements), strict=True)
+        for p, keys in zip(placements, Directory().keys_of(placements), strict=True)
         for name, key in keys.items()
     }
 

@@ -61,9 +61,10 @@ def counts(backend: Backend) -> dict[str, int]:
 
 
 def test_pipeline_reads_top_to_bottom() -> None:
-    assert [p.name for p in PIPELINE] == ["freeze", "insert", "fuse", "group", "clean"]
+    names = ["freeze", "attend", "insert", "fuse", "group", "clean"]
+    assert [p.name for p in PIPELINE] == names
     backend, model, out = compiled()
-    assert counts(backend) == {"freeze": 0, "insert": 6, "fuse": 4, "group": 1, "clean": 0}
+    assert counts(backend) == dict(zip(names, (0, 0, 6, 4, 1, 0), strict=True))
     assert relative(out, model(IDS)) < 1e-5
 
 
