@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,71 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx import dynamo
 from peftfx.kernels.low_rank_linear import op as low_rank
-from peftfx.kernels.philox import op as philox
-from peftfx.kernels.prefix_attention import op as prefix
-from peftfx.passes import cost
-from peftfx.passes.cpu import Compiled, Folded
-from peftfx.passes.gpu import Accumulate, Triton
-
-
-class Claim(Protocol):
-    """Something that can compute an op: a kernel, or another form of its products."""
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def ops(self) -> tuple[str, ...]: ...
-
-    def check(self, op: str, args: Sequence[Any]) -> str | None:
-        """None if the claim takes this call (fake tensors for tensors), else the reason."""
-        ...
-
-    @property
-    def emit(self) -> Callable[..., Any] | None:
-        """The form, called with the op's name and arguments, traceable. None: the op stays as it
-        is, and its own kernel is called."""
-        ...
-
-
-@dataclass(frozen=True)
-class Definition:
-    """The op's own definition: always right, never refused."""
-
-    name: str = "definition"
-    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, *prefix.DEFINITIONS, "dropout")
-
-    def check(self, op: str, args: Sequence[Any]) -> str | None:
-        return None
-
-    def emit(self, op: str, *args: Any) -> Any:
-        definitions = {**low_rank.DEFINITIONS, **prefix.DEFINITIONS, "dropout": philox.dropout}
-        return definitions[op](*args)
-
-
-@dataclass(frozen=True)
-class InductorRandom:
-    """Masks by Inductor's own generator, which is the same Philox, inside the fused loop.
-
-    Written out, ten rounds of integer arithmetic would be inlined again and again.
-    """
-
-    name: str = "inductor's random"
-    ops: tuple[str, ...] = ("dropout",)
-
-    def check(self, op: str, args: Sequence[Any]) -> str | None:
-        if dynamo.hint(args[0].numel()) >= 2**31:
-            return "an index has more than 31 bits"
-        return None
-
-    def emit(self, op: str, *args: Any) -> Any:
-        x, seed, p, site = args
-        numbers = dynamo.inductor_random(list(x.shape), philox.stream(seed, site))
-        return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
-
-
-CLAIMS: list[Claim] = [Compiled(), Folded(), Triton(), Accumulate(), Definition()]
-INDUCTOR_CLAIMS: list[Claim] = [Compiled(), InductorRandom(), *CLAIMS[1:]]
+from peftfx.passes.claims import CLAIMS, Claim, cost
 
 
 @dataclass(frozen=True)
@@ -107,12 +43,14 @@ class Choice:
 class LowerPass:
     """A callable on graphs; ``uuid`` identifies to a compiler's cache what it would do."""
 
-    claims: Sequence[Claim] = field(default_factory=lambda: list(CLAIMS))
+    claims: Sequence[Claim] = CLAIMS
     choices: list[Choice] = field(default_factory=list)
+    _traced: dict[str, fx.Graph] = field(default_factory=dict)  # forms of one graph, see `_form`
 
     def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
         graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
         kept: set[fx.Node] = set()
+        self._traced.clear()
         while found := [n for n in graph.nodes if n not in kept and _op_name(n) is not None]:
             for node in found:  # forms may use ops of ours: another round lowers those
                 if not self._lower(graph, node):
@@ -144,8 +82,18 @@ class LowerPass:
         emit = claim.emit
         if emit is None:
             return False
-        splice(graph, node, lambda *given: emit(name, *given), args)
+        splice(graph, node, self._form(node, claim.name, lambda *given: emit(name, *given)))
         return True
+
+    def _form(self, node: fx.Node, claim: str, form: Callable[..., Any]) -> fx.Graph:
+        """The aten graph of *form* at *node*; layers of one shape have one between them."""
+        values = [dynamo.fake_value(n) for n in operands(node)]
+        constants = fx.node.map_arg(node.args, lambda n: "?")
+        facts = [(v.shape, v.stride(), v.dtype, v.device) for v in values]
+        key = repr((claim, node.target, constants, facts))
+        if key not in self._traced:
+            self._traced[key] = _trace(node, form, values)
+        return self._traced[key]
 
 
 @functools.cache
@@ -169,16 +117,20 @@ def _op_name(node: fx.Node) -> str | None:
     return name if name in {o for c in CLAIMS for o in c.ops} else None
 
 
-def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) -> None:
-    """Puts the aten graph of *form* in the place of *node*."""
-    flat: list[fx.Node] = []  # every occurrence, in order
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes among the arguments of *node*: every occurrence, in order."""
+    flat: list[fx.Node] = []
 
     def note(arg: fx.Node) -> fx.Node:
         flat.append(arg)
         return arg
 
     fx.node.map_arg(node.args, note)
-    values: list[Tensor] = [dynamo.fake_value(n) for n in flat]
+    return flat
+
+
+def _trace(node: fx.Node, form: Callable[..., Any], values: Sequence[Tensor]) -> fx.Graph:
+    """The aten graph of *form* on the arguments of *node*, whose tensors are *values*."""
 
     def on_tensors(*tensors: Tensor) -> Any:
         given = iter(tensors)
@@ -186,11 +138,15 @@ def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) 
 
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     with mode or contextlib.nullcontext():  # what a form makes itself is fake too
-        traced = make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values)
+        return make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values).graph
+
+
+def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph) -> None:
+    """Puts *form*, a graph on the operands of *node*, in the node's place."""
     mapping: dict[fx.Node, Any] = {}
-    inputs = iter(flat)
+    inputs = iter(operands(node))
     with graph.inserting_before(node):
-        for inner in traced.graph.nodes:
+        for inner in form.nodes:
             if inner.op == "placeholder":
                 mapping[inner] = next(inputs)
             elif inner.op == "output":
@@ -201,8 +157,22 @@ def splice(graph: fx.Graph, node: fx.Node, form: Callable[..., Any], args: Any) 
                 for key in ("stack_trace", "nn_module_stack", "partitioner_tag", "recompute"):
                     if key in node.meta:
                         copy.meta[key] = node.meta[key]
-                mapping[inner] = copy
+                mutated = _in_place(inner)
+                mapping[inner] = copy if mutated is None else mapping[mutated]
     _replace(graph, node, result)
+
+
+def _in_place(node: fx.Node) -> fx.Node | None:
+    """The operand that *node* changes and gives back, if it does.
+
+    Inductor takes what such an op gives for a tensor of its own, and lends the operand's memory to
+    others; so what comes after reads the operand, which it knows to be changed.
+    """
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
+        return None
+    mutated = node.args[0]
+    assert isinstance(mutated, fx.Node)
+    return mutated
 
 
 def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:

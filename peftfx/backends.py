@@ -164,7 +164,8 @@ class Backend:
             return compiled
         if self.lower == "eager":
             return gm.forward
-        from peftfx.passes.lower import CLAIMS, INDUCTOR_CLAIMS, LowerPass
+        from peftfx.passes.claims import CLAIMS, INDUCTOR_CLAIMS
+        from peftfx.passes.lower import LowerPass
 
         if self.lower == "aot_eager":
             return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices))

@@ -188,8 +188,57 @@ DEFINITIONS: dict[str, Any] = {
 }
 for _name, _definition in DEFINITIONS.items():
     _library.impl(_name, _definition, "CompositeExplicitAutograd")
-    # run on fake tensors, the definition gives true shapes, strides and dtypes
-    torch.library.register_fake(f"peftfx::{_name}", _definition, lib=_library)
+
+
+# -- fake kernels: every result is contiguous, but that of an addition, which follows y ----------
+
+
+def _fake_add(y: Tensor, x: Tensor, A: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(y), y.new_empty((*x.shape[:-1], A.shape[0]))
+
+
+def _fake_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, A: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    ys, S = _fake_group(x, [weight], [bias], [A])
+    return ys[0], S
+
+
+def _fake_group(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], A: list[Tensor], *rest: Any
+) -> tuple[list[Tensor], Tensor]:
+    rows = x.shape[:-1]
+    ys = [x.new_empty((*rows, w.shape[0])) for w in weights]
+    return ys, x.new_empty((*rows, sum(a.shape[0] for a in A)))
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, S: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, da, db = _fake_group_backward([dy], x, S, [], [A], [B], [], rest[-1])
+    return dx if rest[-1][0] else dy.new_empty(0), da[0], db[0]
+
+
+def _fake_group_backward(
+    dys: list[Tensor], x: Tensor, S: Tensor, weights: list[Tensor], A: list[Tensor],
+    B: list[Tensor], scales: list[Tensor], mask: list[bool],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:  # fmt: skip
+    need_x, need_a, need_b = mask
+    return (
+        x.new_empty(x.shape if need_x else 0),
+        [a.new_empty(a.shape if need_a else 0) for a in A],
+        [b.new_empty(b.shape if need_b else 0) for b in B],
+    )
+
+
+for _name, _fake in (
+    ("low_rank_add", _fake_add),
+    ("low_rank_linear", _fake_linear),
+    ("low_rank_linear_group", _fake_group),
+    ("low_rank_backward", _fake_backward),
+    ("low_rank_group_backward", _fake_group_backward),
+):
+    torch.library.register_fake(f"peftfx::{_name}", _fake, lib=_library)
 
 
 # -- autograd ------------------------------------------------------------------------------------

@@ -28,7 +28,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from peftfx.kernels.devices import assume
-from peftfx.passes.lower import INDUCTOR_CLAIMS, LowerPass
+from peftfx.passes.claims import INDUCTOR_CLAIMS
+from peftfx.passes.lower import LowerPass
 
 OPS = torch.ops.peftfx
 
@@ -55,6 +56,8 @@ def pretend() -> None:
     torch.cuda.get_device_properties = lambda device=None: properties
     torch.cuda.get_device_capability = lambda device=None: (9, 0)
     torch.cuda.current_device = lambda: 0
+    # a build without CUDA refuses to copy even what is fake
+    torch._decomp.decomposition_table[torch.ops.aten.addmm_.default] = lambda y, *rest: y
 
 
 def both_directions(
@@ -154,6 +157,7 @@ def lowered(form: str) -> dict[str, Any]:
         "choices": [str(c) for c in lower.choices],
         "launches": re.findall(r"(low_rank_linear_\w+?_kernel)_\d+\.run\(", code),
         "library": sorted(set(re.findall(r"extern_kernels\.(\w+)\(", code))),
+        "in_place": len(re.findall(r"torch\.ops\.aten\.addmm_\.default\(", code)),
         "ops": sorted(set(re.findall(r"torch\.ops\.peftfx\.(\w+)\.default\(", code))),
         "compiled": compile_sources(code) if form == "triton" else {},
         "guards": [str(g.expr) for g in env.guards[guards:]],

@@ -59,5 +59,6 @@ def test_opaque_ops_stay(code: dict[str, Any]) -> None:
 
 def test_library_products_accumulate(code: dict[str, Any]) -> None:
     found = code["accumulate"]
-    assert not found["launches"] and found["ops"] == ["sum_of_products"]
-    assert any("not accumulate: dropout masks" in choice for choice in found["choices"])
+    assert found["claims"] == ["accumulate", "inductor's random"]
+    assert not found["launches"] and not found["ops"]
+    assert found["in_place"] == 1 + 1 + 3 + 3  # of each site, forward and backward

@@ -126,8 +126,7 @@ class Call:
     @property
     def rival(self) -> str:
         """The form of the library's products: added up in place where there is what to add to."""
-        masked = self.op in BACKWARD and self.shape.drops
-        return "accumulate" if self.has_weight and not masked else "definition"
+        return "accumulate" if self.has_weight else "definition"
 
     @property
     def few(self) -> bool:
@@ -239,8 +238,8 @@ def _library(call: Call) -> list[Part]:
     if call.has_weight:
         for n, _ in pairs:
             parts.append(Part(2 * s.m * n * s.k, (s.m * (n + 2 * s.k) + n * s.k) * e))
-        if not in_place:
-            parts.append(Part(0, 3 * s.m * s.k * e))
+        if s.drops:  # the mask lies between the thin product and the sum
+            parts.append(Part(0, 2 * s.m * s.k * e))
     return parts
 
 

@@ -1,9 +1,10 @@
-"""The CPU's claims: the folded order against the definitions, and when it is chosen."""
+"""Forms of the library's products against the definitions, and when they are chosen."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 import peftfx
 from peftfx.kernels.low_rank_linear.op import DEFINITIONS
-from peftfx.passes.cpu import MARGIN, Folded
+from peftfx.passes.claims import Claim
+from peftfx.passes.claims.library import MARGIN, Accumulate, Folded
 from tests.helpers import fill, relative
 
 
@@ -38,17 +40,20 @@ def calls(m: int, k: int, n: int, r: int, biased: bool, mask: list[bool]) -> dic
 
 @given(
     st.integers(0, 5), st.integers(1, 9), st.integers(1, 9), st.integers(1, 4), st.booleans(),
-    st.tuples(st.just(True), st.booleans(), st.booleans()).map(list),
+    st.lists(st.booleans(), min_size=3, max_size=3),
 )  # fmt: skip
-def test_folded_is_the_definition(
-    m: int, k: int, n: int, r: int, biased: bool, mask: list[bool]
+@pytest.mark.parametrize("claim", [Folded(), Accumulate()])
+def test_is_the_definition(
+    claim: Claim, m: int, k: int, n: int, r: int, biased: bool, mask: list[bool]
 ) -> None:
-    made = calls(m, k, n, r, biased, mask)
-    assert made.keys() == set(Folded().ops)
+    wanted = [True, *mask[1:]] if claim.name == "folded" else mask  # it is about dX
+    made = calls(m, k, n, r, biased, wanted)
+    assert made.keys() == set(claim.ops) and claim.emit is not None
     for op, args in made.items():
-        found, expected = Folded().emit(op, *args), DEFINITIONS[op](*args)
+        found, expected = claim.emit(op, *args), DEFINITIONS[op](*args)
         for one, other in zip(tree_leaves(found), tree_leaves(expected), strict=True):
             assert one.shape == other.shape and one.dtype == other.dtype, op
+            assert one.is_contiguous() == other.is_contiguous(), op
             if one.numel():
                 assert relative(one, other) < 1e-5, op
 

@@ -1,0 +1,79 @@
+"""Claims: what can compute an op, in the order in which the lowering asks them.
+
+The first that says yes gives its form. The definition is last, and always says yes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from peftfx import dynamo
+from peftfx.kernels.low_rank_linear import op as low_rank
+from peftfx.kernels.philox import op as philox
+from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.passes.claims.kernels import Compiled, Triton
+from peftfx.passes.claims.library import Accumulate, Folded
+
+
+class Claim(Protocol):
+    """Something that can compute an op: a kernel, or another form of its products."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def ops(self) -> tuple[str, ...]: ...
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        """None if the claim takes this call (fake tensors for tensors), else the reason."""
+        ...
+
+    @property
+    def emit(self) -> Callable[..., Any] | None:
+        """The form, called with the op's name and arguments, traceable. None: the op stays as it
+        is, and its own kernel is called."""
+        ...
+
+
+@dataclass(frozen=True)
+class Definition:
+    """The op's own definition: always right, never refused."""
+
+    name: str = "definition"
+    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, *prefix.DEFINITIONS, "dropout")
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        return None
+
+    def emit(self, op: str, *args: Any) -> Any:
+        definitions = {**low_rank.DEFINITIONS, **prefix.DEFINITIONS, "dropout": philox.dropout}
+        return definitions[op](*args)
+
+
+@dataclass(frozen=True)
+class InductorRandom:
+    """Masks by Inductor's own generator, which is the same Philox, inside the fused loop.
+
+    Written out, ten rounds of integer arithmetic would be inlined again and again.
+    """
+
+    name: str = "inductor's random"
+    ops: tuple[str, ...] = ("dropout",)
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        if dynamo.hint(args[0].numel()) >= 2**31:
+            return "an index has more than 31 bits"
+        return None
+
+    def emit(self, op: str, *args: Any) -> Any:
+        x, seed, p, site = args
+        numbers = dynamo.inductor_random(list(x.shape), philox.stream(seed, site))
+        return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
+
+
+CLAIMS: tuple[Claim, ...] = (Compiled(), Folded(), Triton(), Accumulate(), Definition())
+INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

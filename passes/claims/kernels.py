@@ -1,0 +1,93 @@
+"""Claims of kernels: Triton's on GPUs, compiled loops on the CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peftfx.kernels.devices import describe
+from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute, tensors
+from peftfx.kernels.low_rank_linear.runner import SITES
+from peftfx.passes.claims import cost
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Triton:
+    """The kernels of :mod:`peftfx.kernels.low_rank_linear`.
+
+    Their launches are traced into the graph, so that Inductor plans memory around them and launches
+    them itself. ``PEFTFX_TRITON=opaque`` keeps them in ops that it leaves alone: these can use
+    tensor descriptors, and cost a call into Python each.
+
+    Args:
+        anywhere: on any device for which kernels run, Triton's interpreter included.
+    """
+
+    anywhere: bool = False
+    name: str = "triton"
+    ops: tuple[str, ...] = tuple(FORMS)
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        if not self.anywhere:
+            device = tensors(args)[0].device
+            if device.type != "cuda":
+                return f"it is for GPUs, and this is on {device.type}"
+            if describe(device) is None:
+                return "no GPU is at hand"
+        unsuited = _unsuited(op, args)
+        return unsuited or (None if self.anywhere else cost.verdict(self.name, op, args))
+
+    def emit(self, op: str, *args: Any) -> Any:
+        first = tensors(args)[0]
+        if first.is_cuda and os.environ.get("PEFTFX_TRITON") != "opaque":
+            return compute(op, args, traced=True)
+        opaque: Any = getattr(torch.ops.peftfx, OPAQUE + op)
+        return opaque(*args)
+
+
+def _unsuited(op: str, args: Sequence[Any]) -> str | None:
+    """Why the kernels cannot take a call, if they cannot."""
+    dtype = args[0].dtype if isinstance(args[0], Tensor) else args[0][0].dtype
+    if dtype not in DTYPES:
+        return f"there is no kernel for {dtype}"
+    if op.endswith(("group", "group_backward")):
+        lists = [a for a in args if isinstance(a, (list, tuple)) and len(a) and _all_tensors(a)]
+        if len(lists[0]) > SITES:
+            return f"{len(lists[0])} sites share x, one launch joins {SITES}"
+        for values in lists:
+            if len({t.dtype for t in values}) > 1:
+                return "sites of one launch differ in dtype"
+        weights = args[1] if op == "low_rank_linear_group" else args[3]
+        if any(w.dtype != dtype for w in weights):
+            return f"a weight is not {dtype}, as the input is"
+        if len({w.stride() for w in weights}) > 1:
+            return "weights of one launch differ in strides"
+    elif op == "low_rank_add" and not args[0].is_contiguous():
+        return "the y that is added to is not contiguous"
+    weight = {"low_rank_linear": 1, "low_rank_backward": 3}.get(op)
+    if weight is not None and args[weight] is not None and args[weight].dtype != dtype:
+        return f"the weight is {args[weight].dtype}, the input {dtype}"
+    return None
+
+
+def _all_tensors(values: Sequence[Any]) -> bool:
+    return all(isinstance(v, Tensor) for v in values)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """The op's own kernel on the CPU, called as it is (``cpu.py`` in the op's folder)."""
+
+    name: str = "compiled C"
+    ops: tuple[str, ...] = ("dropout",)
+    emit: None = None
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        return None if args[0].device.type == "cpu" else "it is for the CPU"
