@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import platform
 import statistics
 import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +51,7 @@ def llama(dtype: torch.dtype, device: str, layers: int = 6) -> nn.Module:
 
 def stepper(model: nn.Module, ids: Tensor) -> Step:
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step() -> Tensor:
         loss: Tensor = model(input_ids=ids, labels=ids).loss
@@ -60,20 +63,53 @@ def stepper(model: nn.Module, ids: Tensor) -> Step:
     return step
 
 
-def variants(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
-    """Models to compare, each with whether ``torch.compile`` is still to be called on it."""
+def variant(name: str, base: nn.Module) -> tuple[nn.Module, bool]:
+    """A model to compare, and whether ``torch.compile`` is still to be called on it."""
+    model = copy.deepcopy(base)
+    if name == "peftfx":
+        return peftfx.adapt(model, SPEC), False
+    if name == "frozen-only":
+        for key, p in model.named_parameters():
+            p.requires_grad_(key == "model.layers.0.input_layernorm.weight")
+        return model, True
     config = peft.LoraConfig(r=RANK, lora_alpha=16, target_modules=TARGETS)
-    ours = copy.deepcopy(base)
-    peftfx.adapt(ours, SPEC)
-    frozen = copy.deepcopy(base)
-    for name, p in frozen.named_parameters():
-        p.requires_grad_(name == "model.layers.0.input_layernorm.weight")
-    return {
-        "peft": (peft.get_peft_model(copy.deepcopy(base), config), False),
-        "peft + compile": (peft.get_peft_model(copy.deepcopy(base), config), True),
-        "peftfx": (ours, False),
-        "frozen-only": (frozen, True),
-    }
+    return peft.get_peft_model(model, config), name == "peft + compile"
+
+
+VARIANTS = ("peft", "peft + compile", "peftfx", "frozen-only")
+
+
+def variants(base: nn.Module) -> dict[str, tuple[nn.Module, bool]]:
+    return {name: variant(name, base) for name in VARIANTS}
+
+
+def first_step(name: str, dtype: torch.dtype, device: str) -> float:
+    """Seconds of a variant's first step in this process."""
+    model, compiles = variant(name, llama(dtype, device))
+    step = stepper(torch.compile(model) if compiles else model, batch(device))
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def first_steps(dtype: torch.dtype, device: str) -> dict[str, float]:
+    """The same in a process and with a compiler's cache of its own for each variant."""
+    found = {}
+    for name in VARIANTS:
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+            short = str(dtype).removeprefix("torch.")
+            command = [sys.executable, "-m", "benchmarks.run", "--device", device,
+                       "--first", name, "--dtype", short]  # fmt: skip
+            done = subprocess.run(
+                command, env=environment, check=True, capture_output=True, text=True
+            )
+            found[name] = float(done.stdout.split()[-1])
+    return found
+
+
+def batch(device: str) -> Tensor:
+    return torch.randint(0, 2048, (4, 128), device=device)
 
 
 def same_start(models: dict[str, tuple[nn.Module, bool]]) -> None:
@@ -124,18 +160,14 @@ def gate(models: dict[str, tuple[nn.Module, bool]], ids: Tensor, dtype: torch.dt
 
 def train_steps(dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
     base = llama(dtype, device)
-    ids = torch.randint(0, 2048, (4, 128), device=device)
+    ids = batch(device)
     models = variants(base)
     same_start(models)
     torch._dynamo.reset()
     steps: dict[str, Step] = {}
-    first: dict[str, float] = {}
     for name, (model, compiles) in models.items():
-        target = torch.compile(model) if compiles else model
-        steps[name] = stepper(target, ids)
-        start = time.perf_counter()
+        steps[name] = stepper(torch.compile(model) if compiles else model, ids)
         steps[name]()
-        first[name] = time.perf_counter() - start
     difference = gate_on_copies(base, ids, dtype)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
@@ -152,7 +184,7 @@ def train_steps(dtype: torch.dtype, device: str, rounds: int) -> dict[str, Any]:
         "over_frozen_only": {n: round(m / median["frozen-only"], 3) for n, m in median.items()},
         "peft_over_ours": round(median["peft"] / median["peftfx"], 3),
         "peft_compiled_over_ours": round(median["peft + compile"] / median["peftfx"], 3),
-        "first_step_seconds": {n: round(t, 2) for n, t in first.items()},
+        "first_step_seconds": {n: round(t, 2) for n, t in first_steps(dtype, device).items()},
         "gradient_difference": difference,
     }
 
@@ -172,8 +204,8 @@ def binding(count: int = 1000) -> float:
     return time.perf_counter() - start
 
 
-def mark_cost(sites: int = 200, rounds: int = 300) -> float:
-    """Microseconds that a mark adds to a compiled call, guards included."""
+def mark_cost(sites: int = 200, rounds: int = 300) -> tuple[float, float]:
+    """Microseconds of a compiled call for each linear, and what a mark adds, guards included."""
     x = torch.randn(1, 8)
 
     def medians(adapts: bool) -> float:
@@ -198,14 +230,24 @@ def mark_cost(sites: int = 200, rounds: int = 300) -> float:
             times.append(time.perf_counter() - start)
         return statistics.median(times)
 
-    return 1e6 * (medians(True) - medians(False)) / sites
+    plain = medians(False)
+    return 1e6 * plain / sites, 1e6 * (medians(True) - plain) / sites
+
+
+def processor() -> str:
+    """The CPU's name, and the extension that its 16-bit products are made with."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if platform.system() == "Linux" else []
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    wide = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return f"{facts.get('model name', platform.machine())} {wide}".strip()
 
 
 def describe(device: str) -> dict[str, str]:
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
     ).stdout.strip()
-    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine() + " CPU"
+    name = torch.cuda.get_device_name() if device == "cuda" else processor()
     return {
         "device": name, "threads": str(torch.get_num_threads()), "commit": commit,
         "torch": torch.__version__, "peft": peft.__version__,
@@ -217,13 +259,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--first", choices=VARIANTS, help="time one variant's first step")
+    parser.add_argument("--dtype", default="float32", help="for --first")
     arguments = parser.parse_args()
     device = arguments.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if arguments.first:
+        print(first_step(arguments.first, getattr(torch, arguments.dtype), device))
+        return
     result: dict[str, Any] = describe(device)
     result["bind_1000_linears_seconds"] = round(binding(), 3)
-    result["mark_microseconds"] = round(mark_cost(), 2)
+    plain, mark = mark_cost()
+    result["linear_microseconds"], result["mark_microseconds"] = round(plain, 2), round(mark, 2)
     result["shape"] = "Llama, 6 layers, hidden 768, 4×128 tokens, rank 16 on all linears"
     result["train_step"] = [
         train_steps(dtype, device, arguments.rounds) for dtype in (torch.float32, torch.bfloat16)
@@ -240,19 +288,21 @@ def table(result: dict[str, Any]) -> str:
         f"{result['device']}, {result['threads']} threads, torch {result['torch']}, "
         f"peft {result['peft']}, commit {result['commit']}. {result['shape']}.",
         "",
-        "| dtype | variant | step, ms | / frozen-only | first step, s |",
-        "|---|---|---|---|---|",
+        "| dtype | variant | step, ms | / frozen-only | first step, s | / frozen-only |",
+        "|---|---|---|---|---|---|",
     ]
     for row in result["train_step"]:
+        first = row["first_step_seconds"]
         for name, value in row["milliseconds"].items():
             lines.append(
                 f"| {row['dtype']} | {name} | {value} | {row['over_frozen_only'][name]} "
-                f"| {row['first_step_seconds'][name]} |"
+                f"| {first[name]} | {first[name] / first['frozen-only']:.2f} |"
             )
     lines += [
         "",
         f"Binding 1,000 linears by name: {result['bind_1000_linears_seconds']} s. "
-        f"A mark: {result['mark_microseconds']} µs per call, guards included.",
+        f"Of a compiled call, a linear takes {result['linear_microseconds']} µs and a mark adds "
+        f"{result['mark_microseconds']} µs, guards included.",
     ]
     return "\n".join(lines)
 

@@ -58,7 +58,7 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
     assert "attention.query" in run("plan", spec, "-m", base, *auto)
     assert "6 placements" in run("check", spec, "-m", base, *auto)
     text = run("explain", spec, "-m", base, *auto)
-    assert "low_rank_linear" in text and "definition" in text
+    assert "low_rank_linear" in text and "accumulate" in text
     spec.write_text(SPEC.replace("rank", "rnk"))
     error = run("check", spec, expect=2)
     assert f"{spec}:4" in error.replace("\n", "") and "'rank'" in error

@@ -82,7 +82,8 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
 def test_through_inductor() -> None:
     """The definition's mask under Inductor too, and the backward regenerates it."""
     from peftfx.dynamo import compile_inductor
-    from peftfx.passes.lower import INDUCTOR_CLAIMS, LowerPass
+    from peftfx.passes.claims import INDUCTOR_CLAIMS
+    from peftfx.passes.lower import LowerPass
 
     x, seed = torch.randn(640, 70, requires_grad=True), torch.tensor(123456789012345)
     lower = LowerPass(INDUCTOR_CLAIMS)
