@@ -163,7 +163,7 @@ class Backend:
             compiled: Callable[..., Any] = self.lower(gm, list(inputs), **extra)
             return compiled
         if self.lower == "eager":
-            return gm.forward
+            return dynamo.run_eagerly(gm)
         from peftfx.passes.claims import CLAIMS, INDUCTOR_CLAIMS
         from peftfx.passes.lower import LowerPass
 

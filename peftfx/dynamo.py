@@ -170,6 +170,29 @@ def compile_inductor(
     return compiled  # type: ignore[no-any-return]
 
 
+def run_eagerly(gm: fx.GraphModule) -> Compiled:
+    """*gm* as it is. Its checkpoints recompute with the random numbers of the first time.
+
+    torch's own operator for them does not, as long as no compiler is behind it.
+    """
+    operator = torch.ops.higher_order.tag_activation_checkpoint
+    for module in gm.modules():
+        if isinstance(module, fx.GraphModule):
+            for node in module.graph.find_nodes(op="call_function", target=operator):
+                node.target = _checkpoint
+            module.recompile()
+    return gm.forward
+
+
+def _checkpoint(body: fx.GraphModule, *operands: Any, **options: Any) -> Any:
+    from torch.utils.checkpoint import checkpoint
+
+    options |= {"use_reentrant": False, "preserve_rng_state": True}
+    if "_checkpoint_context_fn" in body.meta:  # what to recompute was chosen by the user
+        options["context_fn"] = body.meta["_checkpoint_context_fn"]
+    return checkpoint(body, *operands, **options)
+
+
 def compile_aot(gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Any]) -> Compiled:
     """AOTAutograd on *gm*; its graphs run eagerly after *lower*."""
     from functorch.compile import make_boxed_func

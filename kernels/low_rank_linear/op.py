@@ -255,8 +255,10 @@ def _kept(x: Tensor, needed: bool) -> Tensor:
     return x if needed else x.new_empty(()).expand(x.shape)
 
 
-def _grads(ctx: Any, dy: Tensor, need_x: bool, need_a: bool, need_b: bool) -> list[Tensor | None]:
-    x, s, weight, a, b, scale, seed = ctx.saved_tensors
+def _grads(
+    ctx: Any, saved: tuple[Any, ...], dy: Tensor, need_x: bool, need_a: bool, need_b: bool
+) -> list[Tensor | None]:
+    x, s, weight, a, b, scale, seed = saved
     mask = [need_x, need_a, need_b]
     found = torch.ops.peftfx.low_rank_backward(
         dy, x, s, weight, a, b, scale, seed, ctx.p, ctx.site, mask
@@ -280,8 +282,9 @@ def _add_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[Any, 
     if dy is None:
         return (None,) * 9
     _, need_x, need_a, need_b, need_bias, *_ = ctx.needs_input_grad
-    dx, da, db = _grads(ctx, dy, need_x, need_a, need_b)
-    shift = _bias_grad(need_bias, dy, ctx.saved_tensors[5])
+    saved = ctx.saved_tensors  # once: a checkpoint recomputes them for each asking
+    dx, da, db = _grads(ctx, saved, dy, need_x, need_a, need_b)
+    shift = _bias_grad(need_bias, dy, saved[5])
     return dy, dx, da, db, shift, None, None, None, None
 
 
@@ -299,9 +302,10 @@ def _linear_backward(ctx: Any, dy: Tensor | None, ds: Tensor | None) -> tuple[An
     if dy is None:
         return (None,) * 10
     need_x, _, need_bias, need_a, need_b, need_lora_bias, *_ = ctx.needs_input_grad
-    dx, da, db = _grads(ctx, dy, need_x, need_a, need_b)
+    saved = ctx.saved_tensors
+    dx, da, db = _grads(ctx, saved, dy, need_x, need_a, need_b)
     bias = _bias_grad(need_bias, dy, None)
-    shift = _bias_grad(need_lora_bias, dy, ctx.saved_tensors[5])
+    shift = _bias_grad(need_lora_bias, dy, saved[5])
     return dx, None, bias, da, db, shift, None, None, None, None
 
 
