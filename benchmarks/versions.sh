@@ -5,9 +5,13 @@ cd "$(dirname "$0")/.."
 failed=0
 for version in "$@"; do
     env="build/torch-$version"
+    numpy=
+    # the interpreter of Triton 3.6 takes arrays of one element for numbers; numpy 2.4 does not
+    case "$version" in 2.11.*) numpy="numpy<2.4" ;; esac
     if [ ! -e "$env/.done" ]; then
         "${PYTHON:-python3}" -m venv "$env" &&
-            grep -v -i -E '^(torch|triton)==' constraints.txt > "$env/constraints.txt" &&
+            grep -v -i -E "^(torch|triton|numpy)==" constraints.txt > "$env/constraints.txt" &&
+            echo "$numpy" >> "$env/constraints.txt" &&
             "$env/bin/pip" install --quiet "torch==$version" &&
             "$env/bin/pip" install --quiet --constraint "$env/constraints.txt" --editable ".[test]" &&
             touch "$env/.done" || { echo "torch $version: set-up failed"; failed=1; continue; }
