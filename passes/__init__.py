@@ -6,6 +6,7 @@ from peftfx.passes.freeze import Freeze
 from peftfx.passes.fuse import Fuse
 from peftfx.passes.group import Group
 from peftfx.passes.insert import Insert
+from peftfx.passes.recompute import Recompute
 
 PIPELINE = (
     Freeze(),  # what the plan freezes requires no gradient
@@ -15,6 +16,10 @@ PIPELINE = (
     Group(),  # ops that share their input -> one op
     Clean(),  # nodes that nothing uses any more
 )
-# Lowering works on the graphs that AOTAutograd makes of this one: see peftfx.passes.lower.
+# then, on AOTAutograd's joint graph of forward and backward
+JOINT = (
+    Recompute(),  # what the backward makes again instead of keeping
+)
+# and last, on each of the two: peftfx.passes.lower chooses what computes each op
 
-__all__ = ["PIPELINE"]
+__all__ = ["JOINT", "PIPELINE"]

@@ -7,11 +7,8 @@ by its definition, so that the inner compiler fuses what it can.
 from __future__ import annotations
 
 import contextlib
-import functools
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx import dynamo
-from peftfx.kernels.low_rank_linear import op as low_rank
+from peftfx.engine import sources
 from peftfx.passes.claims import CLAIMS, Claim, cost
 
 
@@ -47,8 +44,7 @@ class LowerPass:
     choices: list[Choice] = field(default_factory=list)
     _traced: dict[str, fx.Graph] = field(default_factory=dict)  # forms of one graph, see `_form`
 
-    def __call__(self, graph: fx.Graph | fx.GraphModule) -> None:
-        graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
+    def __call__(self, graph: fx.Graph) -> None:
         kept: set[fx.Node] = set()
         self._traced.clear()
         while found := [n for n in graph.nodes if n not in kept and _op_name(n) is not None]:
@@ -57,12 +53,9 @@ class LowerPass:
                     kept.add(node)
         graph.lint()
 
-    def uuid(self) -> Any:
+    def uuid(self) -> str:
         """Identifies the lowering to Inductor's cache: its sources and claims."""
-        digest = hashlib.sha256(_sources())
-        digest.update(",".join(c.name for c in self.claims).encode())
-        digest.update(repr(cost.settings()).encode())
-        return digest.hexdigest()
+        return f"{sources()} {[c.name for c in self.claims]} {cost.settings()}"
 
     def _lower(self, graph: fx.Graph, node: fx.Node) -> bool:
         """Puts the chosen form in the node's place; False if the node stays."""
@@ -94,16 +87,6 @@ class LowerPass:
         if key not in self._traced:
             self._traced[key] = _trace(node, form, values)
         return self._traced[key]
-
-
-@functools.cache
-def _sources() -> bytes:
-    """A digest of what lowering is made of: passes, kernels, their tables."""
-    digest = hashlib.sha256()
-    for directory in (Path(__file__).parent, Path(str(low_rank.__file__)).parents[1]):
-        for file in sorted(f for kind in ("*.py", "*.c", "*.json") for f in directory.rglob(kind)):
-            digest.update(file.read_bytes())
-    return digest.digest()
 
 
 def _op_name(node: fx.Node) -> str | None:

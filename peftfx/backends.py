@@ -20,7 +20,7 @@ from peftfx.bind import bind, check, prove
 from peftfx.binding import Binding, binding_of, unwrap
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
 from peftfx.log import logger
-from peftfx.passes import PIPELINE
+from peftfx.passes import JOINT, PIPELINE
 from peftfx.registry import owner_of
 from peftfx.spec import Spec
 from peftfx.verify import frozen, marks, provenance
@@ -147,7 +147,9 @@ class Backend:
         mode: str | None,
         options: dict[str, Any],
     ) -> Callable[..., Any]:
+        skip = engine.skipped_by_user((*PIPELINE, *JOINT))
         context = engine.Context(
+            skip=skip,
             provenance=provenance(gm, inputs, binding),
             frozen=frozen(gm, inputs),
             snapshots=self.snapshots,
@@ -167,12 +169,13 @@ class Backend:
         from peftfx.passes.claims import CLAIMS, INDUCTOR_CLAIMS
         from peftfx.passes.lower import LowerPass
 
+        joint = engine.Joint(tuple(p for p in JOINT if p.name not in skip), report)
         if self.lower == "aot_eager":
-            return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices))
+            return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices), joint)
         lower = LowerPass(INDUCTOR_CLAIMS, report.choices)
         if self.snapshots:  # a cached graph has no choices to tell of
             options = {"force_disable_caches": True, **options}
-        return dynamo.compile_inductor(gm, inputs, lower, mode, options)
+        return dynamo.compile_inductor(gm, inputs, lower, mode, options, joint)
 
 
 def _example(root: dynamo.Root) -> tuple[tuple[Any, ...], dict[str, Any]]:

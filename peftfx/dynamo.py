@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol
 
 import torch
 import torch._dynamo
@@ -144,28 +144,42 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             m._compiled_call_impl = impl
 
 
+class GraphPass(Protocol):
+    """A change of a graph of AOTAutograd's, and what identifies it to a compiler's cache."""
+
+    def __call__(self, graph: fx.Graph) -> None: ...
+
+    def uuid(self) -> str: ...
+
+
 def compile_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
-    lower: Any,
+    lower: GraphPass,
     mode: str | None,
     options: dict[str, Any] | None,
+    joint: GraphPass | None = None,
 ) -> Compiled:
-    """Inductor on *gm*, with the pass *lower* on its forward and backward graphs."""
+    """Inductor on *gm*, with *joint* on the joint graph and *lower* on the partitioned ones."""
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomGraphPass
 
-    class Lowering(CustomGraphPass):  # with it, what was compiled is cached on disk
+    class Known(CustomGraphPass):  # with it, what was compiled is cached on disk
+        def __init__(self, change: GraphPass) -> None:
+            self.change = change
+
         def __call__(self, graph: fx.Graph) -> None:
-            lower(graph)
+            self.change(graph)
 
         def uuid(self) -> Any:
-            return lower.uuid()
+            return self.change.uuid()
 
     patches: dict[str, Any] = dict(list_mode_options(mode)) if mode and mode != "default" else {}
     patches.update(options or {})
-    patches["post_grad_custom_pre_pass"] = Lowering()
+    if joint is not None:
+        patches["joint_custom_post_pass"] = Known(joint)
+    patches["post_grad_custom_pre_pass"] = Known(lower)
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
 
@@ -193,20 +207,31 @@ def _checkpoint(body: fx.GraphModule, *operands: Any, **options: Any) -> Any:
     return checkpoint(body, *operands, **options)
 
 
-def compile_aot(gm: fx.GraphModule, inputs: Sequence[Any], lower: Callable[..., Any]) -> Compiled:
-    """AOTAutograd on *gm*; its graphs run eagerly after *lower*."""
+def compile_aot(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    lower: Callable[[fx.Graph], None],
+    joint: Callable[[fx.Graph], None] | None = None,
+) -> Compiled:
+    """AOTAutograd on *gm*, with the same passes; its graphs run eagerly."""
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
 
     def compiler(graph: fx.GraphModule, _: Sequence[Any]) -> Compiled:
-        lower(graph)
+        lower(graph.graph)
         graph.recompile()
         boxed: Compiled = make_boxed_func(graph.forward)
         return boxed
 
-    wrapped = aot_autograd(fw_compiler=compiler, partition_fn=min_cut_rematerialization_partition)
-    compiled: Compiled = wrapped(gm, list(inputs))
+    def partition(graph: fx.GraphModule, *args: Any, **options: Any) -> Any:
+        if joint is not None:
+            joint(graph.graph)
+        return min_cut_rematerialization_partition(graph, *args, **options)
+
+    compiled: Compiled = aot_autograd(fw_compiler=compiler, partition_fn=partition)(
+        gm, list(inputs)
+    )
     return compiled
 
 

@@ -6,10 +6,13 @@ kept their shapes and that the phase's graph is legal, times, and snapshots.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -90,14 +93,18 @@ class Context:
         self.step.refusals.append(Refusal(node.name, reason))
 
 
-class Pass(Protocol):
-    """A rewrite of one graph. ``optional`` passes may be skipped; ``check`` is its phase's law."""
+class Named(Protocol):
+    """A pass of any phase; ``optional`` ones may be skipped."""
 
     @property
     def name(self) -> str: ...
 
     @property
     def optional(self) -> bool: ...
+
+
+class Pass(Named, Protocol):
+    """A rewrite of one graph that Dynamo traced; ``check`` is its phase's law."""
 
     def __call__(self, gm: fx.GraphModule, context: Context) -> int:
         """Rewrites *gm* in place; gives the number of rewrites."""
@@ -108,13 +115,51 @@ class Pass(Protocol):
         ...
 
 
-def skipped_by_user(passes: Sequence[Pass]) -> frozenset[str]:
+class JointPass(Named, Protocol):
+    """A pass over AOTAutograd's joint graph of forward and backward."""
+
+    def __call__(self, graph: fx.Graph) -> int:
+        """Changes *graph* in place; gives the number of changes."""
+        ...
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Runs passes over the joint graph; ``uuid`` identifies to a compiler's cache what they do."""
+
+    passes: tuple[JointPass, ...]
+    report: Report
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for one in self.passes:
+            start = time.perf_counter()
+            step = Step(one.name, rewrites=one(graph))
+            graph.lint()
+            step.seconds = time.perf_counter() - start
+            self.report.steps.append(step)
+
+    def uuid(self) -> str:
+        return f"{sources()} {[one.name for one in self.passes]}"
+
+
+@functools.cache
+def sources() -> str:
+    """A digest of what compiled graphs depend on: passes, kernels, their tables."""
+    digest = hashlib.sha256()
+    for directory in ("passes", "kernels"):
+        root = Path(__file__).parent / directory
+        for file in sorted(f for kind in ("*.py", "*.c", "*.json") for f in root.rglob(kind)):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def skipped_by_user(passes: Sequence[Named]) -> frozenset[str]:
     """Names in ``PEFTFX_SKIP``, checked."""
     names = [n.strip() for n in os.environ.get("PEFTFX_SKIP", "").split(",") if n.strip()]
     return check_skip(passes, names)
 
 
-def check_skip(passes: Sequence[Pass], names: Sequence[str]) -> frozenset[str]:
+def check_skip(passes: Sequence[Named], names: Sequence[str]) -> frozenset[str]:
     """*names* as a set, or :class:`SpecError` where one is no optional pass."""
     optional = [p.name for p in passes if p.optional]
     for name in names:
@@ -130,7 +175,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], context: Context | None = No
         GraphError: a pass left an illegal graph; the message names pass and node.
     """
     context = context or Context()
-    skip = context.skip | skipped_by_user(passes)
+    skip = context.skip
     report = Report()
     for one in passes:
         step = context.step = Step(one.name, skipped=one.name in skip)
@@ -223,7 +268,7 @@ def snapshot(gm: fx.GraphModule) -> str:
     return "\n\n".join(parts)
 
 
-def bisect(works: Callable[[frozenset[str]], bool], passes: Sequence[Pass]) -> str | None:
+def bisect(works: Callable[[frozenset[str]], bool], passes: Sequence[Named]) -> str | None:
     """The optional pass that makes *works* fail, None where skipping all does not help.
 
     Args:

@@ -59,7 +59,9 @@ def rewrite(
             origins |= _marked(gm, call, adapters)
     planned = {id(p) for p in gm.parameters() if p.requires_grad}
     context = engine.Context(
-        provenance=origins.get, frozen=lambda n: id(_parameter(gm, n)) not in planned
+        skip=engine.skipped_by_user(PIPELINE),
+        provenance=origins.get,
+        frozen=lambda n: id(_parameter(gm, n)) not in planned,
     )
     engine.run(gm, PIPELINE, context)
     binding.proven = binding.fixed = True

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
+import subprocess
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -73,3 +75,25 @@ def doctor(
         lost = sum(not r.holds for r in rows)
         console.print(f"{len(rows)} runs, {lost} with the wrong result")
     raise typer.Exit(0 if all(r.holds for r in rows) else 1)
+
+
+@app.command()
+def bisect(
+    command: Annotated[list[str], typer.Argument(help="What fails, e.g.: python train.py")],
+) -> None:
+    """Find the optional pass that makes COMMAND fail, by running it with passes skipped."""
+    from peftfx import engine
+    from peftfx.passes import JOINT, PIPELINE
+
+    def works(skip: frozenset[str]) -> bool:
+        environment = {**os.environ, "PEFTFX_SKIP": ",".join(sorted(skip))}
+        code = subprocess.run(command, env=environment, check=False).returncode
+        without = f"without {', '.join(sorted(skip))}" if skip else "with all passes"
+        console.print(f"{without}: exit status {code}")
+        return code == 0
+
+    culprit = engine.bisect(works, (*PIPELINE, *JOINT))
+    if culprit is None:
+        console.print("no pass by itself: it fails without them too, or with none of them skipped")
+        raise typer.Exit(1)
+    console.print(f"it fails with pass {culprit!r}; PEFTFX_SKIP={culprit} goes around it")

@@ -95,3 +95,10 @@ def test_train(base: Path, tmp_path: Path) -> None:
     assert "epochs" in run("train", job, "--set", "epoch=3", expect=2)
     job.write_text(job.read_text().replace("test.jsonl", "none.csv"))
     assert "none.csv" in run("train", job, expect=2).replace("\n", "")
+
+
+def test_bisect() -> None:
+    fails = "import os, sys; sys.exit('group' not in os.environ['PEFTFX_SKIP'])"
+    assert "PEFTFX_SKIP=group goes around it" in run("bisect", "--", sys.executable, "-c", fails)
+    never = run("bisect", "--", sys.executable, "-c", "import sys; sys.exit(2)", expect=1)
+    assert "Traceback" not in never

@@ -180,8 +180,8 @@ def test_survives_aotautograd_in_both_directions() -> None:
 
     seen: list[set[str]] = []
 
-    def look(graph: torch.fx.GraphModule) -> None:
-        seen.append({str(n.target) for n in graph.graph.nodes if "peftfx" in str(n.target)})
+    def look(graph: torch.fx.Graph) -> None:
+        seen.append({str(n.target) for n in graph.nodes if "peftfx" in str(n.target)})
 
     c = Case((3,), 7, 5, 2, torch.float32)
     for t in (c.x, c.a, c.bb):
