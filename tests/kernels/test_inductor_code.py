@@ -19,7 +19,8 @@ def code() -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.inductor_without_gpu",
          "triton", "opaque", "accumulate"],
-        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0"},
+        # under CI Inductor takes the pretended decomposition of addmm_ for an oversight of its own
+        capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", "CI": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
