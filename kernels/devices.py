@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import functools
 import os
+import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,7 +24,7 @@ INTERPRETER = "interpreter"
 
 @dataclass(frozen=True)
 class Target:
-    """What code is generated for. ``instructions``: the tensor-core ones, the best first."""
+    """What tiles are made for. ``instructions``: the tensor-core ones, the best first."""
 
     name: str
     backend: str
@@ -35,7 +37,7 @@ class Target:
 TARGETS = {
     t.name: t
     for t in (
-        Target("sm_80", "cuda", 80, 32, 166_912, ("mma.sync",)),
+        Target("sm_80", "cuda", 80, 32, 101_376, ("mma.sync",)),  # sm_86, 89 and 120 take its tiles
         Target("sm_90", "cuda", 90, 32, 232_448, ("wgmma", "mma.sync")),
         Target("sm_100", "cuda", 100, 32, 232_448, ("tcgen05", "mma.sync")),
         Target("gfx942", "hip", "gfx942", 64, 65_536, ("v_mfma",)),
@@ -82,7 +84,7 @@ def _named(name: str) -> Device:
 
 
 def describe(device: torch.device) -> Device | None:
-    """The device that tensors of *device* are on, None where no kernel can run."""
+    """The device that tensors of *device* are on, None where no kernel of Triton's can run."""
     assumed = _assumed.get()
     if assumed is None and os.environ.get("PEFTFX_DEVICE"):
         assumed = _named(os.environ["PEFTFX_DEVICE"])
@@ -100,6 +102,29 @@ def _present(index: int) -> Device | None:
     found = torch.cuda.get_device_properties(index)
     if torch.version.hip:
         target = found.gcnArchName.split(":")[0]
+    elif found.major in (9, 10):
+        target = f"sm_{found.major}0"
     else:
-        target = f"sm_{max(m for m in (80, 90, 100) if m <= found.major * 10 or m == 80)}"
-    return Device(found.name, target, found.multi_processor_count)
+        target = "sm_80" if found.major >= 8 else ""
+    return Device(found.name, target, found.multi_processor_count) if target in TARGETS else None
+
+
+def host() -> Device:
+    """The CPU, by its name, what makes its 16-bit products, and torch's threads."""
+    threads = torch.get_num_threads()
+    return Device(f"{_processor()}, {threads} threads", "cpu", threads)
+
+
+@functools.cache
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    facts = {k.strip(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+    flags = facts.get("flags", "").split()
+    wide = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in flags), "")
+    return f"{facts.get('model name', platform.machine())} {wide}".strip()
+
+
+def computes(device: torch.device) -> Device | None:
+    """What computes with tensors of *device*, whether it has kernels or not: a GPU or the CPU."""
+    return describe(device) if device.type == "cuda" else host()

@@ -1,7 +1,8 @@
 """Chooses what computes each op, in the forward and backward graphs that AOTAutograd partitioned.
 
-Claims are asked in order; the first that says yes gives its form. What nobody claims is replaced
-by its definition, so that the inner compiler fuses what it can.
+Every claim says whether it can; of those that can the cheapest gives its form, or the one that
+``PEFTFX_FORMS`` orders. What nobody else claims is replaced by its definition, so that the inner
+compiler fuses what it can.
 """
 
 from __future__ import annotations
@@ -62,16 +63,9 @@ class LowerPass:
         name = _op_name(node)
         assert name is not None
         args = fx.node.map_arg(node.args, dynamo.fake_value)
-        refusals = []
-        for claim in self.claims:
-            if name not in claim.ops:
-                continue
-            reason = claim.check(name, args)
-            if reason is None:
-                break
-            refusals.append((claim.name, reason))
-        price = cost.predict(name, args, claim.name)
-        self.choices.append(Choice(node.name, name, claim.name, tuple(refusals), price))
+        choice = chosen(self.claims, name, args, node.name)
+        self.choices.append(choice)
+        claim = next(c for c in self.claims if c.name == choice.claim and name in c.ops)
         emit = claim.emit
         if emit is None:
             return False
@@ -87,6 +81,15 @@ class LowerPass:
         if key not in self._traced:
             self._traced[key] = _trace(node, form, values)
         return self._traced[key]
+
+
+def chosen(claims: Sequence[Claim], op: str, args: Sequence[Any], node: str = "") -> Choice:
+    """Which of *claims* computes a call of *op*, with fake tensors for tensors in *args*."""
+    reasons = {c.name: c.check(op, args) for c in claims if op in c.ops}
+    able = [name for name, reason in reasons.items() if reason is None]
+    verdict = cost.choose(op, args, able)
+    refused = [(name, reason) for name, reason in reasons.items() if reason is not None]
+    return Choice(node, op, verdict.form, (*refused, *verdict.refusals), verdict.price)
 
 
 def _op_name(node: fx.Node) -> str | None:

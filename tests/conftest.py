@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -11,6 +11,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from peftfx.kernels import measured
+from peftfx.kernels.measured import Table
 
 settings.register_profile(
     "default",
@@ -34,3 +37,11 @@ def fresh() -> Iterator[None]:
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture
+def known(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Table], None]:
+    """Says what was measured on a device, in place of the tables on disk."""
+    tables: dict[str, Table] = {}
+    monkeypatch.setattr(measured, "table", lambda device: tables.get(device, Table()))
+    return tables.__setitem__

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from peftfx.kernels.tuning import triton_version
+from peftfx.kernels.measured import triton_version
 
 FILE = Path(__file__).parent / "resources.json"
 VARIANTS = (  # target:dtype, with /tf32 where fp32 products may be made so

@@ -1,7 +1,7 @@
 """Tiles of the kernels: shipped by target, tuned by device and shape class, looked up by hints.
 
-Looked for, in this order: what :mod:`peftfx.kernels.tuning` found on this machine, what it found on
-a device of that name before this was shipped (``tuned/``), and ``configs.json``, the target's own.
+What ``peftfx tune`` found on the device (:mod:`peftfx.kernels.measured`) comes before
+``configs.json``, which has tiles for each target.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from peftfx.kernels import measured
 from peftfx.kernels.devices import Device
 
 HERE = Path(__file__).parent
@@ -39,7 +40,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a call, hints where they are symbolic. ``n`` and ``r`` are sums over the sites."""
+    """Sizes of a call, hints where they are symbolic. ``n`` and ``r`` are sums over the sites.
+
+    ``tf32``: whether fp32 products may be made of numbers that were cut to 19 bits.
+    """
 
     m: int
     k: int
@@ -48,12 +52,14 @@ class Shape:
     dtype: torch.dtype
     count: int = 1
     drops: bool = False
+    tf32: bool = field(default_factory=lambda: torch.get_float32_matmul_precision() != "highest")
 
     @property
     def key(self) -> str:
         """The shape class: rows by powers of two, all else as it is."""
         rows = 1 << max(4, (self.m - 1).bit_length()) if self.m > 1 else 16
         name = str(self.dtype).removeprefix("torch.")
+        name = "tf32" if name == "float32" and self.tf32 else name
         drops = "/drops" if self.drops else ""
         return f"{name}/m{min(rows, 1 << 15)}/k{self.k}/n{self.n}/r{self.r}/x{self.count}{drops}"
 
@@ -93,35 +99,10 @@ def _config(entry: Mapping[str, Any]) -> Config:
     return Config(**{k: v for k, v in entry.items() if k not in ("rows", "drops")})
 
 
-_tables: dict[str, dict[str, Any]] = {}  # device name → "kernel/shape class" → Config's fields
-
-
-def use(device: str, table: Mapping[str, Any]) -> None:
-    """Adds tuned tiles of a device, over those it has."""
-    _tables[device] = {**tuned(device), **table}
-    config.cache_clear()
-
-
-def tuned(device: str) -> dict[str, Any]:
-    """Tuned tiles of a device: shipped ones, and those of this machine over them."""
-    if device not in _tables:
-        from peftfx.kernels.tuning import cached
-
-        path = HERE / "tuned" / f"{slug(device)}.json"
-        table = json.loads(path.read_text())["tiles"] if path.exists() else {}
-        _tables[device] = {**table, **cached(device)}
-    return _tables[device]
-
-
-def slug(device: str) -> str:
-    """A device's name as a file name."""
-    return "-".join(device.lower().split())
-
-
 @functools.lru_cache(maxsize=4096)
 def config(kernel: str, device: Device, shape: Shape) -> Config:
     """The tile for a call of *kernel* with these sizes."""
-    entry = tuned(device.name).get(f"{kernel}/{shape.key}")
+    entry = measured.table(device.name).tiles.get(f"{kernel}/{shape.key}")
     return shipped_config(kernel, device, shape) if entry is None else _config(entry)
 
 

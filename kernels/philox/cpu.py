@@ -20,17 +20,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from peftfx.kernels.measured import cache_directory
 from peftfx.kernels.philox.op import dropout, library, stream
 from peftfx.log import logger
 
 SOURCE = Path(__file__).with_name("philox.c")
 FLAGS = ("-O3", "-march=native", "-shared", "-fPIC")
-
-
-def cache() -> Path:
-    """Where compiled kernels are kept: ``$PEFTFX_CACHE``, or the user's cache directory."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(os.environ.get("PEFTFX_CACHE") or Path(home) / "peftfx")
 
 
 @functools.cache
@@ -41,7 +36,7 @@ def compiled() -> Callable[[int, int, int, float], None] | None:
         logger.warning("no C compiler: dropout on the CPU is slow")
         return None
     digest = hashlib.sha256(SOURCE.read_bytes() + repr((compiler, FLAGS, _cpu())).encode())
-    built = cache() / f"philox-{digest.hexdigest()[:16]}.so"
+    built = cache_directory() / f"philox-{digest.hexdigest()[:16]}.so"
     if not built.exists():
         built.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=built.parent) as fresh:

@@ -1,6 +1,7 @@
-"""Claims: what can compute an op, in the order in which the lowering asks them.
+"""Claims: what can compute an op. The definition is last, and always can.
 
-The first that says yes gives its form. The definition is last, and always says yes.
+Of the claims that can, the lowering takes the cheapest (:mod:`.cost`), or the first where no price
+is known.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Claim(Protocol):
     def ops(self) -> tuple[str, ...]: ...
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        """None if the claim takes this call (fake tensors for tensors), else the reason."""
+        """None if the claim can compute this call (fake tensors for tensors), else the reason."""
         ...
 
     @property
@@ -75,5 +76,7 @@ class InductorRandom:
         return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
 
 
-CLAIMS: tuple[Claim, ...] = (Compiled(), Folded(), Triton(), Accumulate(), Definition())
+CLAIMS: tuple[Claim, ...] = (
+    Compiled(), Triton(), Triton("opaque"), Accumulate(), Folded(), Definition(),
+)  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

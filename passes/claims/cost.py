@@ -1,31 +1,28 @@
 """What a call of a low-rank op costs in each of its forms: measured where it was, else arithmetic.
 
-``measured/<device>.json`` holds what was measured on a device, and nothing else: its figures
-(matrix rate, bandwidth, launch) and times of calls by op, shape class and form. For calls of other
-shapes, and for other devices, times are the roofline's, from figures that are then called assumed.
+:mod:`peftfx.kernels.measured` holds what was measured on a device: its rates, and times of calls by
+op, shape class and form. For calls of other shapes times are the roofline's, from those rates; for
+devices where nothing was measured from rates that are then called assumed.
 """
 
 from __future__ import annotations
 
-import functools
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from peftfx.errors import SpecError, nearest
-from peftfx.kernels.devices import Device, describe
-from peftfx.kernels.low_rank_linear.configs import Shape, slug, tuned
+from peftfx.kernels import measured
+from peftfx.kernels.devices import KNOWN, Device, computes
+from peftfx.kernels.low_rank_linear.configs import Shape
 from peftfx.kernels.low_rank_linear.forms import FORMS as OPS
 from peftfx.kernels.low_rank_linear.forms import shape_of, tensors
 from peftfx.kernels.low_rank_linear.runner import FEW, MOST_R
 
-MEASURED = Path(__file__).parent / "measured"
-FORMS = ("triton", "accumulate", "definition")
+FORMS = ("triton", "opaque", "accumulate", "folded", "definition")
 BACKWARD = ("low_rank_backward", "low_rank_group_backward")
 
 
@@ -34,23 +31,53 @@ class Figures:
     """Rates of a device. ``source`` says where they are from."""
 
     tflops: float  # of 16-bit products, by the library
-    tflops_fp32: float  # of fp32 products as torch is told to make them
+    tflops_tf32: float
+    tflops_fp32: float
     gigabytes: float  # per second, of device memory
     launch: float  # microseconds between two small kernels of a stream
-    triton: float  # rate of a Triton product over the library's
+    triton: float  # rate of a Triton product over the library's, in 16 bits
+    triton_fp32: float
     source: str
 
+    def rate(self, shape: Shape) -> float:
+        """Operations a second of the library's products."""
+        if shape.dtype.itemsize == 2:
+            return self.tflops * 1e12
+        cut = shape.dtype == torch.float32 and shape.tf32
+        return (self.tflops_tf32 if cut else self.tflops_fp32) * 1e12
 
-# Rates for want of measured ones: 16-bit and fp32 TFLOP/s, GB/s. Those of H100 and H200 were read
-# off one machine each by plain torch, the others are 0.8 of the vendor's. That a launch takes 3 µs
-# and that Triton makes 0.92 of the library's rate are guesses, here to be replaced.
+
+# Rates for want of measured ones: 16-bit, tf32 and fp32 TFLOP/s, GB/s. Those of H100 and H200 in
+# 16 bits and fp32 were read off one machine each by plain torch, other GPUs' are 0.8 of the
+# vendor's, a core's are guesses. So are the rest: what a launch takes, and Triton's rate over the
+# library's. `peftfx tune` replaces them all.
 ASSUMED = {
-    "NVIDIA A100-SXM4-80GB": (250.0, 15.6, 1600.0),
-    "NVIDIA H100 80GB HBM3": (790.0, 53.0, 3000.0),
-    "NVIDIA H200": (790.0, 53.0, 4300.0),
-    "NVIDIA B200": (1800.0, 64.0, 6400.0),
-    "AMD Instinct MI300X": (1045.0, 130.0, 4240.0),
+    "NVIDIA A100-SXM4-80GB": (250.0, 125.0, 15.6, 1600.0),
+    "NVIDIA H100 80GB HBM3": (790.0, 395.0, 53.0, 3000.0),
+    "NVIDIA H200": (790.0, 395.0, 53.0, 4300.0),
+    "NVIDIA B200": (1800.0, 900.0, 64.0, 6400.0),
+    "AMD Instinct MI300X": (1045.0, 130.0, 130.0, 4240.0),
 }
+CORE = (0.5, 0.1, 0.1, 8.0)
+LAUNCH, TRITON, TRITON_FP32 = 3.0, 0.92, 0.7
+
+
+def figures(device: Device) -> Figures | None:
+    """The rates of *device*, None where nobody knows any, nor those of one like it."""
+    found = measured.table(device.name).figures
+    if found:
+        return Figures(**found, source="roofline, measured rates")
+    like = [device.name, *(d.name for d in KNOWN.values() if d.target == device.target)]
+    known = next((name for name in like if name in ASSUMED), None)
+    if device.target != "cpu" and known is None:
+        return None
+    matrix, cut, wide, memory = ASSUMED[known] if known else CORE
+    cores = 1 if known else device.processors
+    source = f"roofline, rates assumed for {known or 'a CPU'}"
+    return Figures(
+        cores * matrix, cores * cut, cores * wide, cores * memory, LAUNCH, TRITON, TRITON_FP32,
+        source,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,26 +102,6 @@ def _unit(value: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 1000
     raise AssertionError
-
-
-@functools.cache
-def table(device: str) -> Mapping[str, Any]:
-    """What was measured on *device*: ``figures`` and ``calls``; empty where nothing was."""
-    path = MEASURED / f"{slug(device)}.json"
-    found: Mapping[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
-
-
-def figures(device: Device) -> Figures | None:
-    """The rates of *device*, None where nobody knows any."""
-    found = table(device.name).get("figures")
-    if found is not None:
-        return Figures(**found, source="roofline, measured rates")
-    if device.name not in ASSUMED:
-        return None
-    matrix, wide, memory = ASSUMED[device.name]
-    source = f"roofline, assumed {matrix:.0f} TFLOP/s, {memory:.0f} GB/s, 3 µs, Triton 0.92"
-    return Figures(matrix, wide, memory, 3.0, 0.92, source)
 
 
 @dataclass(frozen=True)
@@ -124,11 +131,6 @@ class Call:
         return f"{self.op}/{self.shape.key}"
 
     @property
-    def rival(self) -> str:
-        """The form of the library's products: added up in place where there is what to add to."""
-        return "accumulate" if self.has_weight else "definition"
-
-    @property
     def few(self) -> bool:
         """Whether the kernels take it in one launch."""
         enough = self.shape.m <= FEW and max(self.ranks) <= MOST_R and not self.shape.drops
@@ -152,19 +154,24 @@ def least(call: Call) -> Price:
 
 
 def prices(call: Call, device: Device) -> dict[str, Price]:
-    """The price of each form that can be priced, measured ones before computed ones."""
+    """The price of each form: as measured where two or more of the call were, else as computed."""
+    whole = least(call)
+    known = measured.table(device.name).calls.get(call.key, {})
+    if len(known) > 1:
+        return {f: replace(whole, seconds=ms / 1e3, source="measured") for f, ms in known.items()}
     rates = figures(device)
     if rates is None:
         return {}
-    known = table(device.name).get("calls", {}).get(call.key, {})
-    found = {}
-    for form, parts in (("triton", _triton(call, device)), (call.rival, _library(call))):
-        if form in known:
-            found[form] = replace(least(call), seconds=known[form] / 1e3, source="measured")
-        else:
-            found[form] = _price(call, parts, rates, rates.triton if form == "triton" else 1.0)
-    measured = {form: price for form, price in found.items() if price.source == "measured"}
-    return measured if len(measured) == len(found) else found
+    found = {"definition": _price(call, _library(call, in_place=False), rates)}
+    if call.has_weight:
+        found["accumulate"] = _price(call, _library(call, in_place=True), rates)
+    if device.target != "cpu":
+        wide = call.shape.dtype.itemsize == 4
+        efficiency = rates.triton_fp32 if wide else rates.triton
+        found["triton"] = _price(call, _triton(call, device), rates, efficiency)
+    elif call.has_weight:
+        found["folded"] = _price(call, _folded(call), rates)
+    return found
 
 
 @dataclass(frozen=True)
@@ -175,12 +182,9 @@ class Part:
     bytes: int
 
 
-def _price(call: Call, parts: Sequence[Part], rates: Figures, efficiency: float) -> Price:
-    wide = call.shape.dtype == torch.float32
-    rate = (rates.tflops_fp32 if wide else rates.tflops) * 1e12 * efficiency
-    seconds = sum(
-        max(p.flops / rate, p.bytes / (rates.gigabytes * 1e9)) + rates.launch * 1e-6 for p in parts
-    )
+def _price(call: Call, parts: Sequence[Part], rates: Figures, efficiency: float = 1.0) -> Price:
+    rate, memory = rates.rate(call.shape) * efficiency, rates.gigabytes * 1e9
+    seconds = sum(max(p.flops / rate, p.bytes / memory) + rates.launch * 1e-6 for p in parts)
     return Price(sum(p.flops for p in parts), sum(p.bytes for p in parts), seconds, rates.source)
 
 
@@ -213,42 +217,65 @@ def _triton(call: Call, device: Device) -> list[Part]:
     ]
 
 
-def _library(call: Call) -> list[Part]:
+def _library(call: Call, in_place: bool) -> list[Part]:
     """The library's products: thin ones, and the wide one added to one of them in place.
 
-    Where that cannot be, a pass of its own adds: it reads two wide tensors and writes one.
+    Where that is not done, a pass of its own adds: it reads two wide tensors and writes one.
     """
     s, e = call.shape, call.shape.dtype.itemsize
-    pairs = list(zip(call.outs, call.ranks, strict=True))
-    down = Part(2 * s.m * s.r * s.k, (s.m * (s.k + s.r) + s.r * s.k) * e)
-    in_place = call.rival == "accumulate"
-    if call.op not in BACKWARD:
-        parts = [down]
-        for n, r in pairs:
-            parts.append(Part(2 * s.m * n * r, (s.m * (n + r) + n * r) * e))
-            if in_place:
-                parts.append(Part(2 * s.m * n * s.k, (s.m * (2 * n + s.k) + n * s.k) * e))
-            else:
-                parts.append(Part(0, 3 * s.m * n * e))
-        return parts
-    parts = []
-    for n, r in pairs:  # dS and dB
-        parts += [Part(2 * s.m * n * r, (s.m * (n + r) + n * r) * e)] * 2
-    parts += [down, down]  # dA, and what dX starts from
-    if call.has_weight:
-        for n, _ in pairs:
-            parts.append(Part(2 * s.m * n * s.k, (s.m * (n + 2 * s.k) + n * s.k) * e))
-        if s.drops:  # the mask lies between the thin product and the sum
-            parts.append(Part(0, 2 * s.m * s.k * e))
+    down, thin, wide = _down(call), _thin(call), _wide(call)
+    forward = call.op not in BACKWARD
+    parts = [down, *thin] if forward else [*thin, *thin, down, down]  # dS and dB; dA and dS·A
+    sums = [s.m * (n if forward else s.k) * e for n in call.outs]
+    if in_place:
+        parts += [Part(p.flops, p.bytes + size) for p, size in zip(wide, sums, strict=True)]
+    elif wide or forward:
+        parts += [*wide, *(Part(0, 3 * size) for size in sums)]
+    if s.drops and not forward:  # the mask lies between the thin product and the sum
+        parts.append(Part(0, 2 * s.m * s.k * e))
     return parts
 
 
+def _folded(call: Call) -> list[Part]:
+    """The update folded into a copy of W, which is then multiplied by."""
+    s, e = call.shape, call.shape.dtype.itemsize
+    fold = [
+        Part(2 * n * s.k * r, (2 * n * s.k + r * (s.k + n)) * e)
+        for n, r in zip(call.outs, call.ranks, strict=True)
+    ]
+    thin = [*_thin(call), *_thin(call)] if call.op in BACKWARD else []
+    return [*thin, _down(call), *fold, *_wide(call)]
+
+
+def _wide(call: Call) -> list[Part]:
+    """Products with each W; none where no W is seen."""
+    s, e = call.shape, call.shape.dtype.itemsize
+    outs = call.outs if call.has_weight else ()
+    return [Part(2 * s.m * n * s.k, (s.m * (n + s.k) + n * s.k) * e) for n in outs]
+
+
+def _down(call: Call) -> Part:
+    """A product with the joined A's: S, dA, or dS·A."""
+    s, e = call.shape, call.shape.dtype.itemsize
+    return Part(2 * s.m * s.r * s.k, (s.m * (s.k + s.r) + s.r * s.k) * e)
+
+
+def _thin(call: Call) -> list[Part]:
+    """Products with each B: S·Bᵀ, dS, or dB."""
+    s, e = call.shape, call.shape.dtype.itemsize
+    return [
+        Part(2 * s.m * n * r, (s.m * (n + r) + n * r) * e)
+        for n, r in zip(call.outs, call.ranks, strict=True)
+    ]
+
+
 def settings() -> tuple[Any, ...]:
-    """What else than code and tables decides a choice: orders by hand, tiles found here."""
-    names = ("PEFTFX_FORMS", "PEFTFX_TRITON", "PEFTFX_DEVICE", "PEFTFX_CACHE")
-    device = describe(torch.device("cuda")) if torch.cuda.is_available() else None
-    tiles = sorted(tuned(device.name).items()) if device is not None else []
-    return (*(os.environ.get(name) for name in names), repr(tiles))
+    """What else than code and shipped tables decides a choice: orders by hand, measurements."""
+    names = ("PEFTFX_FORMS", "PEFTFX_DEVICE")
+    kinds = ("cuda", "cpu") if torch.cuda.is_available() else ("cpu",)
+    found = [computes(torch.device(kind)) for kind in kinds]
+    tables = [measured.table(device.name) for device in found if device is not None]
+    return (*(os.environ.get(name) for name in names), repr((found, tables)))
 
 
 def forced(op: str) -> str | None:
@@ -265,31 +292,36 @@ def forced(op: str) -> str | None:
     return chosen
 
 
-def verdict(form: str, op: str, args: Sequence[Any]) -> str | None:
-    """None if *form* is the one to take for this call, else the reason."""
+@dataclass(frozen=True)
+class Verdict:
+    """The form to take for a call, why not each of the others, and its price for people."""
+
+    form: str
+    refusals: tuple[tuple[str, str], ...] = ()
+    price: str = ""
+
+
+def choose(op: str, args: Sequence[Any], forms: Sequence[str]) -> Verdict:
+    """The form to take of those that can: ordered by hand, or the cheapest, or the first."""
+    if op not in OPS:
+        return Verdict(forms[0])
+    call, device = Call.of(op, args), computes(tensors(args)[0].device)
+    known = prices(call, device) if device is not None else {}
+    known = {form: price for form, price in known.items() if form in forms}
     order = forced(op)
-    if order is not None:
-        return None if order == form else f"PEFTFX_FORMS orders {order}"
-    device = describe(tensors(args)[0].device)
-    found = prices(Call.of(op, args), device) if device is not None else {}
-    if form not in found:
-        return None
-    best = min(found, key=lambda f: found[f].seconds or 0.0)
-    if best == form:
-        return None
-    return f"{best} is predicted at {_ms(found[best])}, this at {_ms(found[form])}"
+    best = min(known, key=lambda f: known[f].seconds or 0.0) if known else forms[0]
+    chosen = best if order is None or order not in forms else order
+
+    def why_not(form: str) -> str:
+        if chosen == order:
+            return f"PEFTFX_FORMS orders {order}"
+        if form not in known:
+            return "its time is not known here"
+        return f"{chosen} is predicted at {_ms(known[chosen])}, this at {_ms(known[form])}"
+
+    refusals = tuple((form, why_not(form)) for form in forms if form != chosen)
+    return Verdict(chosen, refusals, str(known.get(chosen, least(call))))
 
 
 def _ms(price: Price) -> str:
     return f"{(price.seconds or 0.0) * 1e3:.3f} ms"
-
-
-def predict(op: str, args: Sequence[Any], form: str) -> str:
-    """The price of a call in *form*, for people; the least work where no device's is known."""
-    if op not in OPS:
-        return ""
-    call = Call.of(op, args)
-    first = tensors(args)[0]
-    device = describe(first.device) if first.is_cuda else None
-    found = prices(call, device) if device is not None else {}
-    return str(found.get(form, least(call)))

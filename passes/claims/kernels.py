@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,6 @@ from torch import Tensor
 from peftfx.kernels.devices import describe
 from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute, tensors
 from peftfx.kernels.low_rank_linear.runner import SITES
-from peftfx.passes.claims import cost
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -22,31 +20,29 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class Triton:
     """The kernels of :mod:`peftfx.kernels.low_rank_linear`.
 
-    Their launches are traced into the graph, so that Inductor plans memory around them and launches
-    them itself. ``PEFTFX_TRITON=opaque`` keeps them in ops that it leaves alone: these can use
-    tensor descriptors, and cost a call into Python each.
+    ``triton``: their launches are traced into the graph, so that Inductor plans memory around them
+    and launches them itself. ``opaque``: they stay in ops that it leaves alone. These can use
+    tensor descriptors and cost a call into Python each, so that they are taken where they were
+    measured to be the best, or ordered.
 
     Args:
         anywhere: on any device for which kernels run, Triton's interpreter included.
     """
 
-    anywhere: bool = False
     name: str = "triton"
+    anywhere: bool = False
     ops: tuple[str, ...] = tuple(FORMS)
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        if not self.anywhere:
-            device = tensors(args)[0].device
-            if device.type != "cuda":
-                return f"it is for GPUs, and this is on {device.type}"
-            if describe(device) is None:
-                return "no GPU is at hand"
-        unsuited = _unsuited(op, args)
-        return unsuited or (None if self.anywhere else cost.verdict(self.name, op, args))
+        device = tensors(args)[0].device
+        if device.type != "cuda" and not self.anywhere:
+            return f"it is for GPUs, and this is on {device.type}"
+        if describe(device) is None:
+            return "no GPU is at hand for which there are kernels"
+        return _unsuited(op, args)
 
     def emit(self, op: str, *args: Any) -> Any:
-        first = tensors(args)[0]
-        if first.is_cuda and os.environ.get("PEFTFX_TRITON") != "opaque":
+        if self.name == "triton" and tensors(args)[0].is_cuda:
             return compute(op, args, traced=True)
         opaque: Any = getattr(torch.ops.peftfx, OPAQUE + op)
         return opaque(*args)

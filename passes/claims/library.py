@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peftfx import dynamo
-from peftfx.kernels.devices import describe
 from peftfx.kernels.low_rank_linear import op as low_rank
-from peftfx.kernels.low_rank_linear.forms import tensors
-from peftfx.passes.claims import cost
 
 OPS = (
     "low_rank_linear", "low_rank_linear_group", "low_rank_backward", "low_rank_group_backward",
@@ -35,24 +30,13 @@ class Accumulate:
 
     Out of place, a pass over [M, N] of its own adds the update. That a graph is functional holds
     until AOTAutograd is done with it; what is added to is made here and seen by nobody else.
-
-    Args:
-        anywhere: whatever the cost model says.
     """
 
-    anywhere: bool = False
     name: str = "accumulate"
     ops: tuple[str, ...] = OPS
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        if op == "low_rank_backward" and args[3] is None:
-            return "no weight is seen"
-        device = tensors(args)[0].device
-        if self.anywhere or device.type == "cpu":
-            return None
-        if describe(device) is None:
-            return "no GPU is at hand"
-        return cost.verdict(self.name, op, args)
+        return "no weight is seen" if op == "low_rank_backward" and args[3] is None else None
 
     def emit(self, op: str, *args: Any) -> Any:
         return _ACCUMULATED[op](*args)
@@ -190,9 +174,9 @@ _ACCUMULATED: dict[str, Callable[..., Any]] = {
 class Folded:
     """``x·(W + s·B·A)ᵀ`` instead of ``x·Wᵀ + s·(x·Aᵀ)·Bᵀ``: fewer products where M is large.
 
-    An order by cost, as in RunLoRA (Cherniuk et al., 2023, arXiv 2312.03415). The update of y costs
-    M·N·(R + 1) multiply-adds, folding it into W costs N·K·(R + 1): a matter of M against K, and of
-    M against N for dX. Not in half precision, where W would round a small update away.
+    An order by cost, as in RunLoRA (Cherniuk et al., 2023, arXiv 2312.03415). The update of y makes
+    and adds M·N numbers, folding it into W makes and adds N·K: a matter of M against K, and of M
+    against N for dX. Not in half precision, where W would round a small update away.
     """
 
     name: str = "folded"
@@ -210,20 +194,10 @@ class Folded:
             return "dropout: the update has another input than the base"
         if weights[0] is None:
             return "there is no weight to fold into"
-        if backward and not args[-1][0]:
-            return "no dX is wanted"
-        m = math.prod(dynamo.hint(size) for size in x.shape[:-1])
-        other, axis = (max(int(w.shape[0]) for w in weights), "N") if backward else (
-            int(x.shape[-1]), "K")  # fmt: skip
-        if m <= MARGIN * other:
-            return f"M {m} is not above {MARGIN:g}·{axis} {other}"
-        return None
+        return "no dX is wanted" if backward and not args[-1][0] else None
 
     def emit(self, op: str, *args: Any) -> Any:
         return _FOLDED[op](*args)
-
-
-MARGIN = 2.0  # folding reads and writes W once more, and starts from a copy of it
 
 
 def _fold(w: Tensor, a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

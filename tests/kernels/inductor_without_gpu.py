@@ -133,8 +133,7 @@ def inputs(mode: FakeTensorMode) -> list[Any]:
 
 def lowered(form: str) -> dict[str, Any]:
     """The code that Inductor makes with every op in *form*."""
-    os.environ["PEFTFX_FORMS"] = "triton" if form == "opaque" else form
-    os.environ["PEFTFX_TRITON"] = form
+    os.environ["PEFTFX_FORMS"] = form
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)
     flat, tree = torch.utils._pytree.tree_flatten(inputs(mode))
@@ -160,6 +159,7 @@ def lowered(form: str) -> dict[str, Any]:
         "in_place": len(re.findall(r"torch\.ops\.aten\.addmm_\.default\(", code)),
         "ops": sorted(set(re.findall(r"torch\.ops\.peftfx\.(\w+)\.default\(", code))),
         "compiled": compile_sources(code) if form == "triton" else {},
+        "no_cuda_graph": graph.disable_cudagraphs_reason,
         "guards": [str(g.expr) for g in env.guards[guards:]],
     }
 

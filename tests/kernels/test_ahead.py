@@ -14,7 +14,7 @@ from peftfx.kernels.ahead.launches import tiles
 from peftfx.kernels.ahead.resources import VARIANTS, compiled, minor, recorded
 from peftfx.kernels.devices import TARGETS
 from peftfx.kernels.low_rank_linear.configs import rules, shipped
-from peftfx.kernels.tuning import triton_version
+from peftfx.kernels.measured import triton_version
 
 WIDE = ("fwd", "fwd_descriptor", "dx", "dx_descriptor")
 BEST = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,11 +13,12 @@ import peftfx
 from peftfx import dynamo
 from peftfx.backends import Backend
 from peftfx.errors import SpecError
-from peftfx.kernels.devices import KNOWN, assume
+from peftfx.kernels.devices import KNOWN, Device, assume, host
+from peftfx.kernels.measured import Table
 from peftfx.passes.claims import CLAIMS, Claim, Definition, cost
 from peftfx.passes.claims.kernels import Triton
 from peftfx.passes.claims.library import Accumulate
-from peftfx.passes.lower import Choice, LowerPass
+from peftfx.passes.lower import Choice, LowerPass, chosen
 from tests.helpers import relative
 
 H200 = KNOWN["NVIDIA H200"]
@@ -68,10 +67,13 @@ def train(claims: list[Claim], dropout: float) -> tuple[list[torch.Tensor], list
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("claim", [Triton(anywhere=True), Accumulate(anywhere=True)])
-def test_training_through_a_claim(claim: Claim, dropout: float) -> None:
+@pytest.mark.parametrize("claim", [Triton(anywhere=True), Accumulate()])
+def test_training_through_a_claim(
+    claim: Claim, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By Triton's interpreter, and by the library's products: as by the definitions."""
     expected, _, _ = train([Definition()], dropout)
+    monkeypatch.setenv("PEFTFX_FORMS", claim.name)
     got, choices, graphs = train([claim, Definition()], dropout)
     for a, b in zip(got, expected, strict=True):
         assert relative(a, b) < 1e-5
@@ -101,44 +103,58 @@ def call(rows: int = 2048, k: int = 4096, n: int = 4096, **changes: Any) -> dict
         return {**made, **changes}
 
 
-def ask(claim: Claim, op: str = "low_rank_linear", **changes: Any) -> str | None:
-    with assume("NVIDIA H200"):
-        return claim.check(op, list(call(**changes).values()))
+def ask(device: str = "NVIDIA H200", **changes: Any) -> tuple[str, dict[str, str]]:
+    """The form that is taken for a call of ``low_rank_linear``, and why the others are not."""
+    with assume(device):
+        found = chosen(CLAIMS, "low_rank_linear", list(call(**changes).values()))
+    return found.claim, dict(found.refusals)
 
 
 def test_on_a_cpu() -> None:
     args = [torch.ones(2, 4), torch.ones(3, 4), None, torch.ones(1, 4), torch.ones(3, 1), None,
             torch.ones(1), None, 0.0, 0]  # fmt: skip
-    assert Triton().check("low_rank_linear", args) == "it is for GPUs, and this is on cpu"
-    assert Accumulate().check("low_rank_linear", args) is None
+    found = chosen(CLAIMS, "low_rank_linear", args)
+    assert found.claim == "accumulate" and "rates assumed for a CPU" in found.cost
+    assert dict(found.refusals)["triton"] == "it is for GPUs, and this is on cpu"
     assert [c.name for c in CLAIMS][-1] == "definition"
 
 
 def test_refusals_say_why() -> None:
-    assert ask(Triton(), dtype=torch.float64) == "there is no kernel for torch.float64"
+    form, why = ask(dtype=torch.float64)
+    assert form == "accumulate" and why["triton"] == "there is no kernel for torch.float64"
     with FakeTensorMode():
         odd = torch.empty(4096, 4096, device="cuda")
-    assert "the weight is torch.float32" in (ask(Triton(), weight=odd) or "")
+    assert "the weight is torch.float32" in ask(weight=odd)[1]["triton"]
 
 
 def test_no_gpu_no_kernel() -> None:
-    assert Triton().check("low_rank_linear", list(call().values())) == "no GPU is at hand"
+    reason = Triton().check("low_rank_linear", list(call().values()))
+    assert reason == "no GPU is at hand for which there are kernels"
 
 
 def test_break_even_is_where_arithmetic_puts_it() -> None:
     """A slower product costs more the deeper it is: few columns to Triton, many to the library."""
-    assert ask(Triton(), k=1024) is None
-    reason = ask(Triton(), k=14336)
-    assert reason is not None and reason.startswith("accumulate is predicted at ")
-    assert ask(Accumulate(), k=14336) is None
-    assert "triton is predicted" in (ask(Accumulate(), k=1024) or "")
-    assert ask(Triton(), rows=8) is None  # one launch against three
+    assert ask(k=1024)[0] == "triton"
+    form, why = ask(k=14336)
+    assert form == "accumulate" and why["triton"].startswith("accumulate is predicted at ")
+    assert ask(rows=8)[0] == "triton"  # one launch against three
+    assert ask(k=14336, dtype=torch.float32)[0] == "accumulate"
+
+
+def test_what_cannot_is_no_rival(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cheapest form cannot take a call, the cheapest of the others does."""
+    assert ask(k=1024)[0] == "triton"
+    monkeypatch.setattr(Triton, "check", lambda *given: "not today")
+    form, why = ask(k=1024)
+    assert form == "accumulate" and why["triton"] == why["opaque"] == "not today"
 
 
 def test_orders_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PEFTFX_FORMS", "accumulate, low_rank_backward=triton")
-    assert ask(Triton()) == "PEFTFX_FORMS orders accumulate"
+    monkeypatch.setenv("PEFTFX_FORMS", "opaque, low_rank_backward=triton")
+    form, why = ask()
+    assert form == "opaque" and why["triton"] == "PEFTFX_FORMS orders opaque"
     assert cost.forced("low_rank_backward") == "triton"
+    assert ask(dtype=torch.float64)[0] == "accumulate"  # what is ordered cannot
     for wrong, name in (("trition", "triton"), ("low_rank_liner=triton", "low_rank_linear")):
         monkeypatch.setenv("PEFTFX_FORMS", wrong)
         with pytest.raises(SpecError, match=f"did you mean '{name}'"):
@@ -148,30 +164,25 @@ def test_orders_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         Triton().check("low_rank_linear", list(call().values()))
 
 
-def test_measured_times_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Of calls whose every form was measured; the others stay with the arithmetic."""
-    args = list(call(k=1024).values())
-    known = cost.Call.of("low_rank_linear", args)
-    table = {"figures": {"tflops": 700, "tflops_fp32": 50, "gigabytes": 4000, "launch": 2.0,
-                         "triton": 0.9},
-             "calls": {known.key: {"triton": 0.5, "accumulate": 0.4}}}  # fmt: skip
-    (tmp_path / "nvidia-h200.json").write_text(json.dumps(table))
-    monkeypatch.setattr(cost, "MEASURED", tmp_path)
-    cost.table.cache_clear()
-    try:
-        assert ask(Triton(), k=1024) == "accumulate is predicted at 0.400 ms, this at 0.500 ms"
-        assert cost.prices(known, H200)["triton"].source == "measured"
-        other = cost.Call.of("low_rank_linear", list(call(k=2048).values()))
-        assert cost.prices(other, H200)["triton"].source == "roofline, measured rates"
-    finally:
-        cost.table.cache_clear()
+def test_measured_times_come_first(known: Any) -> None:
+    """Of calls of which two forms were measured; the others stay with the arithmetic."""
+    one, two = (cost.Call.of("low_rank_linear", list(call(k=k).values())) for k in (1024, 2048))
+    known("NVIDIA H200", Table(
+        {"tflops": 700, "tflops_tf32": 300, "tflops_fp32": 50, "gigabytes": 4000, "launch": 2.0,
+         "triton": 0.9, "triton_fp32": 0.5},
+        calls={one.key: {"opaque": 0.3, "triton": 0.5, "accumulate": 0.4}, two.key: {"triton": 1}},
+    ))  # fmt: skip
+    form, why = ask(k=1024)
+    assert form == "opaque" and why["triton"] == "opaque is predicted at 0.300 ms, this at 0.500 ms"
+    assert why["definition"] == "its time is not known here"
+    assert cost.prices(one, H200)["triton"].source == "measured"
+    assert cost.prices(two, H200)["triton"].source == "roofline, measured rates"
 
 
-def test_shipped_tables_are_measurements() -> None:
-    """Every table names the commit and the versions that it was measured with."""
-    for path in cost.MEASURED.glob("*.json"):
-        content = json.loads(path.read_text())
-        assert set(content) == {"device", "commit", "torch", "triton", "figures", "calls"}
+def test_rates_of_a_device_like_it() -> None:
+    some = Device("NVIDIA GeForce RTX 4090", "sm_80", 128)
+    found = cost.figures(some)
+    assert found is not None and "assumed for NVIDIA A100" in found.source
 
 
 def test_work_is_counted() -> None:
@@ -179,9 +190,11 @@ def test_work_is_counted() -> None:
     price = cost.least(cost.Call.of("low_rank_linear", list(call(2048, 1024, 512).values())))
     assert price.flops == 2 * 2048 * (512 * 1024 + 16 * 1024 + 512 * 16)
     assert price.bytes == 2 * (2048 * (1024 + 512 + 16) + 512 * 1024) + 4 * 16 * (1024 + 512)
-    for device in KNOWN.values():
+    for device in (*KNOWN.values(), host()):
         found = cost.prices(cost.Call.of("low_rank_linear", list(call().values())), device)
         assert all(p.seconds and p.flops >= price.flops for p in found.values())
+        third = "folded" if device.target == "cpu" else "triton"
+        assert set(found) == {"definition", "accumulate", third}
 
 
 def test_choices_tell_the_price() -> None:

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 import peftfx
 from peftfx.kernels.low_rank_linear.op import DEFINITIONS
-from peftfx.passes.claims import Claim
-from peftfx.passes.claims.library import MARGIN, Accumulate, Folded
+from peftfx.passes.claims import CLAIMS, Claim
+from peftfx.passes.claims.library import Accumulate, Folded
+from peftfx.passes.lower import chosen
 from tests.helpers import fill, relative
 
 
@@ -59,17 +60,16 @@ def test_is_the_definition(
 
 
 def test_folded_where_it_is_cheaper() -> None:
-    claim = Folded()
-    for op, args in calls(50, 8, 8, 2, True, [True, True, True]).items():
-        assert claim.check(op, args) is None, op
-    for op, args in calls(2, 8, 8, 2, True, [True, True, True]).items():
-        assert str(claim.check(op, args)).startswith(f"M 4 is not above {MARGIN:g}·"), op
+    """By arithmetic where M is above 2·K, or 2·N for dX; never where it would be wrong."""
+    for m, form in ((900, "folded"), (90, "accumulate")):
+        for op, args in calls(m, 400, 400, 2, True, [True, True, True]).items():
+            assert chosen(CLAIMS, op, args).claim == form, (op, m)
     backward = calls(50, 8, 8, 2, True, [False, True, True])["low_rank_backward"]
-    assert claim.check("low_rank_backward", backward) == "no dX is wanted"
+    assert Folded().check("low_rank_backward", backward) == "no dX is wanted"
     x, *rest = calls(50, 8, 8, 2, True, [True] * 3)["low_rank_linear"]
-    assert "round" in str(claim.check("low_rank_linear", (x.bfloat16(), *rest)))
+    assert "round" in str(Folded().check("low_rank_linear", (x.bfloat16(), *rest)))
     rest[6] = torch.tensor(1)
-    assert "dropout" in str(claim.check("low_rank_linear", (x, *rest)))
+    assert "dropout" in str(Folded().check("low_rank_linear", (x, *rest)))
 
 
 def test_folded_trains_alike() -> None:
