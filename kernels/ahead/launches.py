@@ -10,41 +10,24 @@ import torch
 from torch import Tensor
 
 from peftfx.kernels.devices import KNOWN
+from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
-from peftfx.kernels.low_rank_linear.launch import backward, forward
-from peftfx.kernels.low_rank_linear.runner import KEEP, Drop, Runner
+from peftfx.kernels.low_rank_linear.runner import Runner
 
-META = torch.device("meta")
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of the ops, by its sizes; forward and backward are both made."""
-
-    name: str
-    rows: int
-    outs: tuple[int, ...] = (4096,)
-    k: int = 4096
-    rank: int = 16
-    bias: bool = False
-    drops: bool = False
-    weight: bool = True
-    descriptors: bool = True
-
-
+GROUP = (4096, 1024, 1024)
 CALLS = (
-    Call("large", 8192),
-    Call("large, pointers", 8192, descriptors=False),
-    Call("group", 2048, (4096, 1024, 1024), bias=True),
-    Call("group, pointers", 2048, (4096, 1024, 1024), descriptors=False),
-    Call("rank 64", 8192, rank=64),
-    Call("dropout", 8192, drops=True),
-    Call("dropout, pointers", 8192, drops=True, descriptors=False),
-    Call("update alone", 8192, weight=False),
-    Call("256 rows", 256),
-    Call("256 rows, pointers", 256, descriptors=False),
-    Call("64 rows", 64),
-    Call("8 rows, group", 8, (4096, 1024, 1024)),
+    (Sizes(8192), True),  # with descriptors where there are any, and without
+    (Sizes(8192), False),
+    (Sizes(2048, outs=GROUP, bias=True), True),
+    (Sizes(2048, outs=GROUP), False),
+    (Sizes(8192, rank=64), True),
+    (Sizes(8192, drops=True), True),
+    (Sizes(8192, drops=True), False),
+    (Sizes(8192, weight=False), True),
+    (Sizes(256), True),
+    (Sizes(256), False),
+    (Sizes(64), True),
+    (Sizes(8, outs=GROUP), True),
 )
 
 
@@ -86,8 +69,8 @@ class _Recorder(Runner):
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    for call in CALLS:
-        for launch in _record(call, target, dtype).found:
+    for sizes, descriptors in CALLS:
+        for launch in _record(sizes, descriptors, target, dtype).found:
             if launch.name not in seen:
                 seen.add(launch.name)
                 yield launch
@@ -95,27 +78,17 @@ def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 
 def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
     """The tiles that those launches use, with the kernels' names."""
-    return {pair for call in CALLS for pair in _record(call, target, dtype).used}
+    return {pair for call in CALLS for pair in _record(*call, target, dtype).used}
 
 
-def _record(call: Call, target: str, dtype: torch.dtype) -> _Recorder:
+def _record(sizes: Sizes, descriptors: bool, target: str, dtype: torch.dtype) -> _Recorder:
     device = next(d for d in KNOWN.values() if d.target == target)
+    run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
 
-    def empty(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.empty(shape, dtype=of, device=META)
+    def make(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
 
-    wide, run = (
-        torch.float32,
-        _Recorder(device, configs=shipped_config, descriptors=call.descriptors),
-    )
-    x, none = empty(call.rows, call.k), [None] * len(call.outs)
-    weights = [empty(n, call.k) for n in call.outs] if call.weight else []
-    biases = [empty(n) if call.bias else None for n in call.outs]
-    A = [empty(call.rank, call.k, of=wide) for _ in call.outs]
-    B = [empty(n, call.rank, of=wide) for n in call.outs]
-    scales = [empty(1, of=wide)] * len(call.outs)
-    drop = Drop(empty(of=torch.int64), 0.1, 1) if call.drops else KEEP
-    base = None if call.weight else empty(call.rows, call.outs[0])
-    ys, s = forward(run, x, weights, biases, A, B, none, scales, drop, base)
-    backward(run, ys, x, s, weights, A, B, scales, [True] * 3, drop)
+    operands = Operands.of(sizes, dtype, make)
+    _, s = operands.forward(run)
+    operands.backward(run, s)
     return run

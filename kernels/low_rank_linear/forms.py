@@ -57,13 +57,17 @@ FORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-def compute(name: str, args: Sequence[Any], traced: bool = False) -> Any:
-    """Runs the kernels of op *name*, or records their launches in the trace that is going on."""
+def compute(name: str, args: Sequence[Any], **how: Any) -> Any:
+    """Runs the kernels of op *name*, or records their launches in the trace that is going on.
+
+    Args:
+        how: what a :class:`Runner` takes beside the device.
+    """
     first = tensors(args)[0]
     device = describe(first.device)
     if device is None:
         raise GraphError(f"there is no kernel of peftfx::{name} for {first.device}")
-    return FORMS[name](Runner(device, traced), *args)
+    return FORMS[name](Runner(device, **how), *args)
 
 
 def tensors(args: Sequence[Any]) -> list[Tensor]:

@@ -12,6 +12,7 @@ import importlib.metadata
 import json
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -69,15 +70,15 @@ def read(path: Path) -> Table:
         ) from error
 
 
-def write(path: Path, device: str, found: Table, commit: str = "") -> None:
+def write(path: Path, device: str, found: Table) -> None:
     """Puts *found* over what the file holds, whole or not at all. Processes read it at their start.
 
     Raises:
         SaveError: the file cannot be written.
     """
     content: dict[str, Any] = {
-        "device": device, "commit": commit, "torch": torch.__version__, "triton": triton_version(),
-        **asdict(found.over(read(path))),
+        "device": device, "commit": commit(), "torch": torch.__version__,
+        "triton": triton_version(), **asdict(found.over(read(path))),
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,15 @@ def cache_directory() -> Path:
 def slug(device: str) -> str:
     """A device's name as a file name."""
     return "-".join(re.findall(r"[a-z0-9_.]+", device.lower()))
+
+
+@functools.cache
+def commit() -> str:
+    """The commit of the sources, ``-dirty`` where they differ from it; empty in an installation."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=SHIPPED, capture_output=True, text=True
+    )  # fmt: skip
+    return found.stdout.strip()
 
 
 def triton_version() -> str:

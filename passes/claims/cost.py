@@ -35,9 +35,9 @@ class Figures:
     tflops_fp32: float
     gigabytes: float  # per second, of device memory
     launch: float  # microseconds between two small kernels of a stream
-    triton: float  # rate of a Triton product over the library's, in 16 bits
-    triton_fp32: float
     source: str
+    triton: float = 0.92  # rate of a Triton product over the library's, in 16 bits
+    triton_fp32: float = 0.7
 
     def rate(self, shape: Shape) -> float:
         """Operations a second of the library's products."""
@@ -49,8 +49,8 @@ class Figures:
 
 # Rates for want of measured ones: 16-bit, tf32 and fp32 TFLOP/s, GB/s. Those of H100 and H200 in
 # 16 bits and fp32 were read off one machine each by plain torch, other GPUs' are 0.8 of the
-# vendor's, a core's are guesses. So are the rest: what a launch takes, and Triton's rate over the
-# library's. `peftfx tune` replaces them all.
+# vendor's, a core's are guesses. So are what a launch takes and Triton's rate over the library's,
+# above. `peftfx tune` replaces them all.
 ASSUMED = {
     "NVIDIA A100-SXM4-80GB": (250.0, 125.0, 15.6, 1600.0),
     "NVIDIA H100 80GB HBM3": (790.0, 395.0, 53.0, 3000.0),
@@ -59,7 +59,7 @@ ASSUMED = {
     "AMD Instinct MI300X": (1045.0, 130.0, 130.0, 4240.0),
 }
 CORE = (0.5, 0.1, 0.1, 8.0)
-LAUNCH, TRITON, TRITON_FP32 = 3.0, 0.92, 0.7
+LAUNCH = 3.0
 
 
 def figures(device: Device) -> Figures | None:
@@ -75,8 +75,7 @@ def figures(device: Device) -> Figures | None:
     cores = 1 if known else device.processors
     source = f"roofline, rates assumed for {known or 'a CPU'}"
     return Figures(
-        cores * matrix, cores * cut, cores * wide, cores * memory, LAUNCH, TRITON, TRITON_FP32,
-        source,
+        cores * matrix, cores * cut, cores * wide, cores * memory, LAUNCH, source
     )  # fmt: skip
 
 
@@ -128,7 +127,8 @@ class Call:
 
     @property
     def key(self) -> str:
-        return f"{self.op}/{self.shape.key}"
+        alone = "" if self.has_weight or self.op == "low_rank_add" else "/alone"
+        return f"{self.op}/{self.shape.key}{alone}"
 
     @property
     def few(self) -> bool:

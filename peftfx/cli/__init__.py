@@ -1,4 +1,4 @@
-"""The command line: ``peftfx plan | explain | check | train | doctor | methods | schema``.
+"""The command line: ``peftfx plan | explain | check | train | kernels | tune | …``.
 
 Exit codes: 0 all is well, 1 a check failed, 2 bad input, with the error as it would be raised.
 """
@@ -18,9 +18,9 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     """Entry point of the ``peftfx`` script."""
-    from peftfx.cli import doctor, show, train
+    from peftfx.cli import doctor, kernels, show, train
 
-    assert doctor and show and train  # importing them adds their commands
+    assert doctor and kernels and show and train  # importing them adds their commands
     try:
         app()
     except PeftfxError as error:
