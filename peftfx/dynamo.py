@@ -180,8 +180,21 @@ def compile_inductor(
     if joint is not None:
         patches["joint_custom_post_pass"] = Known(joint)
     patches["post_grad_custom_pre_pass"] = Known(lower)
+    _leave_alone(torch.ops.aten.addmm_.default)
     compiled: Any = compile_fx(gm, list(inputs), config_patches=patches)
     return compiled  # type: ignore[no-any-return]
+
+
+def _leave_alone(op: Any) -> None:
+    """Makes Inductor call *op* on tensors as they lie.
+
+    It would find that out by itself, but would copy into other strides what a backward gives to
+    *op*, and refuses to where the environment has ``CI``.
+    """
+    from torch._inductor.lowering import constrain_to_fx_strides, lowerings, make_fallback
+
+    if op not in lowerings:
+        make_fallback(op, constrain_to_fx_strides, warn=False)
 
 
 def run_eagerly(gm: fx.GraphModule) -> Compiled:
