@@ -36,7 +36,7 @@ from peftfx.log import logger
 from peftfx.methods.method import Acts
 from peftfx.plans import Plan, make_plan
 from peftfx.registry import disown
-from peftfx.site import SLOT
+from peftfx.site import OUTPUT, SLOT
 from peftfx.spec import Spec
 from peftfx.trace import Trace, trace
 
@@ -161,6 +161,10 @@ def forms(plan: Plan, traced: Trace) -> dict[Place, Acts]:
         if p.method.acts == "parameter":
             continue
         site = p.site
+        if site.kind == OUTPUT:
+            if not traced.called[site.module]:
+                raise BindError("this module is never called", site=site.name)
+            continue
         readers = set(traced.users.get(site.name, ()))
         if p.method.acts in ("tokens", "attention"):
             continue  # found by their calls in this very trace

@@ -231,7 +231,7 @@ def save(
                 remedy="the training diverged; lower the learning rate",
             )
     weights = {
-        p.site.name: fingerprint.fingerprint(base_parameter(model, binding, p.site.name))
+        p.site.like: fingerprint.fingerprint(base_parameter(model, binding, p.site.like))
         for p in made.plan
     }
     own = {"version": 1, "spec": spec.to_dict(), "fingerprint": weights}
@@ -394,7 +394,7 @@ def _check_base(
 ) -> None:
     if known is None:
         return
-    names = {p.site.name for p in plan} & set(known)
+    names = {p.site.like for p in plan} & set(known)
     binding = binding or Binding()
     weights = {n: base_parameter(model, binding, n) for n in names}
     fingerprint.compare({n: known[n] for n in sorted(names)}, weights)
@@ -409,7 +409,7 @@ def _on_sites(model: nn.Module, plan: Plan, spec: Spec, values: list[Tensors]) -
     placed = []
     fresh: list[Tensors] | None = None
     for i, (p, found) in enumerate(zip(plan, values, strict=True)):
-        like = parameter(model, p.site.name)
+        like = parameter(model, p.site.like)
         made: Tensors = {}
         for name, param in p.params.items():
             holder = p.holder(name)

@@ -27,7 +27,7 @@ def create(model: nn.Module, plan: Plan, spec: Spec) -> list[Tensors]:
     held: dict[tuple[object, ...], Tensor] = {}  # what several placements share
     values = []
     for p in plan:
-        like = parameter(model, p.site.name)
+        like = parameter(model, p.site.like)
         made: Tensors = {}
         for name, param in p.params.items():
             if p.method.acts == "parameter":
@@ -145,7 +145,7 @@ def _install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -
             swap(model, binding, (p.site.name, *p.site.aliases), new)
         else:
             entry = entry_of(model, p)
-            device = parameter(model, p.site.name).device
+            device = parameter(model, p.site.like).device
             for name, tensor in tensors.items():
                 if tensor.device == device:
                     continue
@@ -211,7 +211,7 @@ def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Meth
         if len(found) == 1 and found[0][0] == 1.0:  # it stands for itself
             yield p, p.method, {n: t.detach() for n, t in found[0][2].items()}
             continue
-        base = parameter(model, p.site.name)
+        base = parameter(model, p.site.like)
         given = [(w, q.method, {**t, "base": base}) for w, q, t in found]
         with torch.no_grad():
             method, tensors = p.method.mix(given, p.site)

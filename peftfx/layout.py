@@ -14,11 +14,11 @@ from itertools import takewhile
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from peftfx.roles import ADDS, CONVS, MATRIX
+from peftfx.roles.flow import ADDS
+from peftfx.trace import CONVS, MATRIX
 from peftfx.site import Site
 from peftfx.trace import Op, Trace, inputs_of
 
@@ -248,9 +248,7 @@ class _Reader:
         if any(self._difference(n) for n in above):
             return False
         inputs = [self._input_name(-1 - n) or "" for n in above if n < 0]
-        if self._ranges(above) or any("position" in name for name in inputs):
-            return True
-        return not inputs and self._counts(op.module, owner)
+        return bool(self._ranges(above)) or any("position" in name for name in inputs)
 
     def _values(self, start: int) -> set[int]:
         """What the values of *start* come from; what is gathered does not come from its index."""
@@ -270,13 +268,3 @@ class _Reader:
     def _difference(self, at: int) -> bool:
         op = self.ops.get(at)
         return op is not None and op.name in SUBTRACTS and len(op.args) == 2
-
-    def _counts(self, path: str, table: nn.Embedding) -> bool:
-        """Whether a buffer beside the table counts up to its rows: BERT keeps its positions so."""
-        parent = self.model.get_submodule(path.rpartition(".")[0])
-        return any(
-            not (b.is_floating_point() or b.is_meta)
-            and 1 < b.numel() <= table.num_embeddings
-            and bool((b.flatten().cpu() == torch.arange(b.numel())).all())
-            for b in parent.buffers(recurse=False)
-        )

@@ -129,7 +129,11 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: A
             attention.arm(entry)
             continue
         state = _STATES[entry.state.now] if entry.acts == "tokens" else ""
-        y = _mark(module, entry, y, args[0] if args else next(iter(kwargs.values())), state)
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        if type(y) is tuple:  # an attention that gives its probabilities too
+            y = (_mark(module, entry, y[0], x, state), *y[1:])
+        else:
+            y = _mark(module, entry, y, x, state)
     return y
 
 

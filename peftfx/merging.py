@@ -12,6 +12,7 @@ from peftfx.errors import BindError, MergeError
 from peftfx.install import set_keys
 from peftfx.methods.method import OF_BASE, Method
 from peftfx.plans import Placement
+from peftfx.site import OUTPUT
 
 
 def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
@@ -34,6 +35,8 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     merged: dict[str, Tensor] = {}
     with torch.no_grad():
         for p, method in _as_applied(plain, binding):
+            if p.site.kind == OUTPUT:
+                raise MergeError("a module's output has no weight to merge into", site=p.site.name)
             _check_tied(plain, p, untie)
             entry = entry_of(plain, p)
             tensors = entry.tensors()

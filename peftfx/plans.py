@@ -15,7 +15,7 @@ from peftfx.layout import Layout, layout
 from peftfx.methods.method import Method, Param
 from peftfx.roles import Roles
 from peftfx.roles import roles as roles_of
-from peftfx.site import Site, sites
+from peftfx.site import OUTPUT, Site, outputs, sites
 from peftfx.spec import Rule, Spec
 from peftfx.trace import Trace, trace
 
@@ -137,9 +137,9 @@ def make_plan(
 ) -> tuple[Plan, Trace | None]:
     """The plan of *spec*, and the trace of the model where roles or an example called for one."""
     spec = Spec.of(spec)
-    needed = any(
-        s.role for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))
-    )
+    selectors = [s for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))]
+    needed = any(s.role or s.stack for s in selectors)
+    needed |= any(OUTPUT in r.method.kinds for r in spec.rules)
     placed = any(r.method.acts in ("tokens", "attention") for r in spec.rules)
     traced = trace(model, example) if needed or placed or example is not None else None
     if traced is None:
@@ -165,12 +165,14 @@ def resolve(
     if not known:
         raise PlanError("the model has no parameters: there is nothing to adapt")
     if roles is not None:
-        known = [replace(s, roles=roles.of(s.name)) for s in known]
+        known = [_told(s, roles) for s in known] + list(_outputs(model, roles))
     placements: list[Placement] = []
     refusals: list[Refusal] = []
     for number, rule in enumerate(spec.rules):
         acts = rule.method.acts
-        within = places.sites(known, acts) if places and acts in ("tokens", "attention") else known
+        within = [s for s in known if _open_to(rule.method, s)]
+        if places and acts in ("tokens", "attention"):
+            within = places.sites(within, acts)
         if not within:
             raise PlanError(
                 f"{rule.method.name} acts {SOUGHT[acts]}, and the model's run shows none",
@@ -210,6 +212,26 @@ def resolve(
     return Plan(tuple(placements), tuple(refusals), total)
 
 
+def _told(site: Site, roles: Roles) -> Site:
+    rows = roles.rows.get(site.name, {})
+    return replace(site, roles=roles.of(site.name), rows=rows, stack=roles.stack(site.module))
+
+
+def _outputs(model: nn.Module, roles: Roles) -> Iterator[Site]:
+    """The sites that are a module's output."""
+    places = [(path, found[0].widths, found[0].beside) for path, found in roles.outputs.items()]
+    for site in outputs(model, places):
+        told = frozenset(output.role for output in roles.outputs[site.module])
+        yield replace(site, roles=told, stack=roles.stack(site.module))
+
+
+def _open_to(method: Method, site: Site) -> bool:
+    """Whether a rule of *method* means sites such as this: outputs are for methods made for them."""
+    if site.kind == OUTPUT:
+        return OUTPUT in method.kinds
+    return method.kinds != (OUTPUT,)
+
+
 def _over(placed: list[Placement]) -> list[Placement]:
     """Each method of a rule, told all the sites that it acts at with the same options."""
     sites: dict[Method, list[Site]] = {}
@@ -221,16 +243,26 @@ def _over(placed: list[Placement]) -> list[Placement]:
 
 def _partly(rule: Rule, site: Site) -> str | None:
     """A fused projection is taken whole or not at all: no role of it may be left out silently."""
-    asked = rule.selector.role
-    if not asked or len(site.roles) < 2 or rule.method.acts in ("tokens", "attention"):
+    if not rule.selector.role or not site.rows or rule.method.acts in ("tokens", "attention"):
         return None
-    missing = sorted(r for r in site.roles if not rule.selector.asks(r))
-    if not missing:
-        return None
-    return (
-        f"one weight computes {', '.join(sorted(site.roles))}: ask for {', '.join(missing)} too, "
-        "or select it by name"
-    )
+    missing = sorted(r for r in site.rows if not rule.selector.asks(r))
+    if missing:
+        return (
+            f"one weight computes {', '.join(sorted(site.rows))}: ask for {', '.join(missing)} "
+            "too, or select it by name"
+        )
+    known = [rows for rows in site.rows.values() if rows]
+    covered = sum(stop - start for rows in known for start, stop in rows)
+    if len(known) == len(site.rows) and covered < (width := _width(site)):
+        return (
+            f"{width - covered} of its {width} output features are not "
+            f"{', '.join(sorted(site.rows))}: select it by name"
+        )
+    return None
+
+
+def _width(site: Site) -> int:
+    return site.shape[0] if len(site.shape) == 1 else site.out_features
 
 
 def _worth_telling(refusal: Refusal, placements: list[Placement]) -> bool:
@@ -244,12 +276,16 @@ def _nothing(rule: Rule, known: list[Site], roles: Roles | None) -> PlanError:
     if rule.selector.role and roles is not None:
         found: frozenset[str] = frozenset().union(*(s.roles for s in known))
         if not any(rule.selector.asks(r) for r in found):
-            asked = " ".join(rule.selector.role)
+            at_outputs = OUTPUT in rule.method.kinds
             return RoleError(
-                f"no site has the role {asked}",
+                f"no site has the role {' '.join(rule.selector.role)}",
                 where=rule.where,
-                remedy=" ".join(roles.explain(r) for r in rule.selector.role),
+                remedy=" ".join(roles.explain(r, at_outputs) for r in rule.selector.role),
             )
+    if rule.selector.stack and roles is not None and not roles.stacks:
+        return PlanError(
+            "the model has one stack of layers alone", where=rule.where, remedy="drop `stack`"
+        )
     names = {s.module for s in known} | {s.name for s in known}
     wanted = " ".join(rule.selector.name or ())
     return PlanError(

@@ -19,13 +19,13 @@ ROLES = (
     *(f"cross_attention.{r}" for r in _ATTENTION),
     "mlp.up", "mlp.gate", "mlp.down",
     "attention", "cross_attention", "mlp",
-    "residual.attention", "residual.mlp",
-    "embedding.token", "embedding.position", "embedding",
+    "residual.attention", "residual.cross_attention", "residual.mlp", "residual",
+    "embedding.token", "embedding.position", "embedding.patch", "embedding",
     "head", "norm", "conv", "router", "experts", "tokens",
 )  # fmt: skip
 KINDS = (
     "linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "norm", "attention",
-    "parameter",
+    "parameter", "output",
 )  # fmt: skip
 _LAYERS = re.compile(r"(\d{1,6})-(\d{1,6})|(last|first|every) (\d{1,6})|(\d{1,6})")
 

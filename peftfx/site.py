@@ -2,12 +2,13 @@
 
 A site is a parameter, seen together with the module that owns it. Its identity is the pair (module
 path, parameter name). Where a tensor has other names too (tied, or one module under two paths),
-they are the site's aliases.
+they are the site's aliases. The output of a module that is one sublayer is a site too: it has the
+module's path and no parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,16 +20,25 @@ CONVS: dict[type[nn.Module], str] = {
     nn.Conv2d: "conv2d",
     nn.Conv3d: "conv3d",
 }
-STACKS = ("encoder", "decoder", "vision", "text")
+OUTPUT = "output"  # the kind of a module's output
+STACKS = ("encoder", "decoder", "vision", "audio", "text")
+
+
+Rows = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One parameter of a model and the module that owns it.
+    """One parameter of a model and the module that owns it, or one module's output.
 
     ``kind`` is that of the owner: ``linear``, ``hf_conv1d`` (weight ``[in, out]``), ``embedding``,
     ``conv1d|2d|3d``, ``norm``, ``attention`` (``nn.MultiheadAttention``) or ``parameter`` (any
     other owner). ``attrs`` are the static arguments of the owner's call (stride, groups, …).
+
+    An ``output`` is a tensor, or the first element of a tuple; ``shape`` has the width of its last
+    axis and that of the module's first input, as a linear's weight would. ``rows`` says of a weight
+    with several roles which of its output features have which, as half-open ranges; none where
+    that is not known.
     """
 
     module: str
@@ -46,11 +56,18 @@ class Site:
     stack: str | None = None
     trainable: bool = field(default=True, compare=False)
     around: Mapping[str, Any] = field(default_factory=dict, compare=False)  # see peftfx.layout
+    rows: Mapping[str, Rows] = field(default_factory=dict, compare=False)  # by role
+    beside: str = field(default="", compare=False)  # of an output: a parameter of the sublayer
 
     @property
     def name(self) -> str:
-        """The parameter's qualified name."""
-        return f"{self.module}.{self.parameter}" if self.module else self.parameter
+        """The parameter's qualified name; the module's path for an output."""
+        return ".".join(part for part in (self.module, self.parameter) if part)
+
+    @property
+    def like(self) -> str:
+        """The name of a parameter that has the dtype and the device of what acts here."""
+        return self.beside or self.name
 
     @property
     def in_features(self) -> int:
@@ -121,18 +138,21 @@ def attrs_of(module: nn.Module, kind: str) -> Mapping[str, Any]:
 
 
 def _block_of(model: nn.Module, path: str) -> dict[str, Any]:
-    """The block that *path* lies in: its index in the outermost ``ModuleList`` and the stack."""
-    module, parts = model, path.split(".") if path else []
-    for depth, part in enumerate(parts):
+    """The block that *path* lies in: its index in the outermost list of blocks, and their number."""
+    module = model
+    for part in path.split(".") if path else []:
         parent, module = module, module._modules[part]  # type: ignore[assignment]
-        if isinstance(parent, nn.ModuleList) and part.isdigit():
-            words = [w for w in STACKS if any(w in p for p in parts[:depth])]
-            return {
-                "layer": int(part),
-                "layers": len(parent),
-                "stack": words[0] if words else None,
-            }
+        if part.isdigit() and _lists_blocks(parent):
+            return {"layer": int(part), "layers": len(parent)}  # type: ignore[arg-type]
     return {}
+
+
+def _lists_blocks(module: nn.Module) -> bool:
+    """Whether the children of *module* are blocks: a list, or a sequence of one class of them."""
+    if not isinstance(module, nn.Sequential):
+        return isinstance(module, nn.ModuleList)
+    kinds = {type(child) for child in module}
+    return len(module) > 1 and len(kinds) == 1 and any(True for c in module[0].children())
 
 
 def sites(model: nn.Module) -> Iterator[Site]:
@@ -145,9 +165,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
     for name, p in model.named_parameters(remove_duplicate=False):
         if SLOT not in name.split("."):
             names.setdefault(id(p), []).append(name)
-    paths: dict[int, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        paths.setdefault(id(module), []).append(path)
+    paths = _paths(model)
     for path, module in model.named_modules():  # a module under two names comes once
         if SLOT in path.split("."):
             continue
@@ -169,6 +187,35 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 **_block_of(model, path),
                 trainable=p.requires_grad,
             )
+
+
+def outputs(
+    model: nn.Module, places: Iterable[tuple[str, tuple[int, int], str]]
+) -> Iterator[Site]:
+    """The outputs of modules of *model* as sites: their paths, widths, and what is beside them."""
+    paths = _paths(model)
+    for path, widths, beside in places:
+        owner, _, leaf = beside.rpartition(".")
+        like = model.get_submodule(owner)._parameters[leaf]
+        assert like is not None
+        yield Site(
+            module=path,
+            parameter="",
+            kind=OUTPUT,
+            shape=widths,
+            dtype=like.dtype,
+            paths=tuple(p for p in paths[id(model.get_submodule(path))] if p != path),
+            **_block_of(model, path),
+            beside=beside,
+        )
+
+
+def _paths(model: nn.Module) -> dict[int, list[str]]:
+    """All paths of each module, by its id."""
+    paths: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(id(module), []).append(path)
+    return paths
 
 
 SLOT = "peftfx"  # the child module, under a site's owner, that holds the adapter's tensors

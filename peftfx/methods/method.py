@@ -21,7 +21,7 @@ from torch import Tensor
 
 from peftfx.errors import MergeError, NotAdaptedError, PlanError, SpecError, nearest
 from peftfx.methods.peft import PeftForm
-from peftfx.site import Site
+from peftfx.site import OUTPUT, Site
 
 Acts = Literal["output", "input", "weight", "parameter", "attention", "tokens"]
 OF_BASE = "base."  # what precedes the names of base parameters that a method reads
@@ -131,7 +131,7 @@ class Method(ABC):
         """None if the method can act at *site*, else the reason why not."""
         if site.kind not in self.kinds:
             return f"{self.name} acts at {', '.join(self.kinds)}, this is {site.kind}"
-        if site.parameter != "weight":
+        if site.kind != OUTPUT and site.parameter != "weight":
             return f"{self.name} acts at a module's weight, this is its {site.parameter}"
         return None
 

@@ -1,0 +1,94 @@
+"""Modules whose output is a sublayer's: where a method acts on what a sublayer as a whole gives.
+
+``attention``, ``cross_attention``, ``mlp``: the smallest module that holds the sublayer, gives its
+output and takes its input, so that what acts there may also act beside it. ``residual.…``: the
+last module whose output is on its way to the sum with the residual stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+from peftfx.roles.flow import Flow
+from peftfx.roles.sublayer import Sublayer
+from peftfx.trace import Call
+
+
+@dataclass(frozen=True)
+class Output:
+    """A module's output as a place to act.
+
+    Attributes:
+        role: what it is.
+        widths: of the output's last axis and of the input's.
+        beside: a parameter of the sublayer, whose dtype and device the output has.
+    """
+
+    role: str
+    widths: tuple[int, int]
+    beside: str
+
+
+def outputs(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output]]:
+    """Modules by path, each with one of its roles.
+
+    A module that is called for something else too has none: what acts on its output would act
+    there as well.
+    """
+    ends: dict[int, list[Call]] = {}
+    for call in flow.trace.calls:
+        if call.output is not None:
+            ends.setdefault(call.output, []).append(call)
+    candidates = [list(_candidates(flow, s, ends)) for s in sublayers]
+    found: dict[tuple[str, str], list[Call]] = {}
+    for role, call in chain.from_iterable(candidates):
+        found.setdefault((role, call.path), []).append(call)
+    alone = {
+        (role, path)
+        for (role, path), calls in found.items()
+        if flow.trace.called[path] == len({id(call) for call in calls})
+    }
+    for sublayer, places in zip(sublayers, candidates, strict=True):
+        told: set[str] = set()
+        for role, call in places:
+            if role not in told and (role, call.path) in alone:
+                told.add(role)
+                yield call.path, _output(flow, role, call, sublayer)
+
+
+def _output(flow: Flow, role: str, call: Call, sublayer: Sublayer) -> Output:
+    assert call.output is not None
+    width = flow.shape(call.output)[-1]
+    given = flow.shape(call.input)[-1] if call.input is not None else width
+    last = list(sublayer.projections.values())[-1].params
+    return Output(role, (width, given), max(last, key=lambda n: len(flow.trace.shapes[n])))
+
+
+def _candidates(
+    flow: Flow, sublayer: Sublayer, ends: dict[int, list[Call]]
+) -> Iterator[tuple[str, Call]]:
+    """Where a sublayer's output may be had: each role's places, the best first."""
+    way = flow.to_sum(sublayer.result)
+    path = _features_last(flow, way[0] if way is not None else [sublayer.result])
+    inside = [c for c in flow.around(sublayer.ops) if c.output in path]
+    for call in inside[:1]:
+        if call.input is not None and flow.through(call.input) in flow.origins(sublayer.source):
+            yield sublayer.kind, call
+    if flow.residual(sublayer.result, sublayer.source):
+        for value in reversed(path):
+            outermost = sorted(ends.get(value, ()), key=lambda c: c.start - c.stop)
+            for call in outermost:
+                yield f"residual.{sublayer.kind}", call
+
+
+def _features_last(flow: Flow, path: list[int]) -> list[int]:
+    """The first values of a path, as long as features are along the last axis."""
+    width = flow.shape(path[0])[-1]
+    kept = [path[0]]
+    for at in path[1:]:
+        if flow.shape(at)[-1] != width or flow.turns_last(at):
+            break
+        kept.append(at)
+    return kept
