@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from peftfx.roles.flow import ADDS
-from peftfx.trace import CONVS, MATRIX
 from peftfx.site import Site
-from peftfx.trace import Op, Trace, inputs_of
+from peftfx.trace import CONVS, MATRIX, Op, Trace, inputs_of
 
 SUBTRACTS = {"sub", "sub_", "__sub__", "__rsub__", "rsub"}
 RANGES = {"arange", "cumsum"}

@@ -226,7 +226,7 @@ def _outputs(model: nn.Module, roles: Roles) -> Iterator[Site]:
 
 
 def _open_to(method: Method, site: Site) -> bool:
-    """Whether a rule of *method* means sites such as this: outputs are for methods made for them."""
+    """Whether rules of *method* mean such sites: outputs are for methods made for them."""
     if site.kind == OUTPUT:
         return OUTPUT in method.kinds
     return method.kinds != (OUTPUT,)

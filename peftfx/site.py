@@ -138,7 +138,7 @@ def attrs_of(module: nn.Module, kind: str) -> Mapping[str, Any]:
 
 
 def _block_of(model: nn.Module, path: str) -> dict[str, Any]:
-    """The block that *path* lies in: its index in the outermost list of blocks, and their number."""
+    """The block that *path* lies in: its index in the outermost list of blocks, and their count."""
     module = model
     for part in path.split(".") if path else []:
         parent, module = module, module._modules[part]  # type: ignore[assignment]
@@ -189,9 +189,7 @@ def sites(model: nn.Module) -> Iterator[Site]:
             )
 
 
-def outputs(
-    model: nn.Module, places: Iterable[tuple[str, tuple[int, int], str]]
-) -> Iterator[Site]:
+def outputs(model: nn.Module, places: Iterable[tuple[str, tuple[int, int], str]]) -> Iterator[Site]:
     """The outputs of modules of *model* as sites: their paths, widths, and what is beside them."""
     paths = _paths(model)
     for path, widths, beside in places:

@@ -374,7 +374,10 @@ def first(given: Any) -> Tensor | None:
 
 
 def _writes(name: str) -> bool:
-    return name in ("__setitem__", "__iadd__", "__imul__") or re.fullmatch(r"[a-z].*[^_]_", name) is not None
+    return (
+        name in ("__setitem__", "__iadd__", "__imul__")
+        or re.fullmatch(r"[a-z].*[^_]_", name) is not None
+    )
 
 
 def _written(whole: Tensor, part: Tensor) -> Tensor:

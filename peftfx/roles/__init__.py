@@ -20,7 +20,7 @@ from peftfx.roles.stacks import stacks
 from peftfx.roles.sublayer import Sublayer, Unclear
 from peftfx.select import ROLES
 from peftfx.site import Rows
-from peftfx.trace import Op, Trace
+from peftfx.trace import Trace
 
 Spans = Mapping[str, Rows]  # by role
 
@@ -66,7 +66,9 @@ class Roles:
     def nearest(self, role: str) -> list[tuple[str, str]]:
         """What looks like *role*, and why it is not told."""
         group = role.split(".")[0]
-        return list(dict.fromkeys((n, why) for r, n, why in self.unclear if r.split(".")[0] == group))
+        return list(
+            dict.fromkeys((n, why) for r, n, why in self.unclear if r.split(".")[0] == group)
+        )
 
     def add(self, role: str, params: tuple[str, ...]) -> None:
         assert role in ROLES, role

@@ -82,7 +82,9 @@ def _projection(
 
 
 def _packed(flow: Flow, op: Op) -> Sublayer:
-    given = inspect.signature(F.multi_head_attention_forward).bind(*op.arguments[0], **op.arguments[1])
+    given = inspect.signature(F.multi_head_attention_forward).bind(
+        *op.arguments[0], **op.arguments[1]
+    )
     values = {n: v for n, v in given.arguments.items() if isinstance(v, Value)}
     query, key = (values[n].made for n in ("query", "key"))
     alike = query is not None and key is not None and flow.related(query[0], key[0])

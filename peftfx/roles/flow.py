@@ -49,11 +49,7 @@ class Flow:
     def weighs(self, at: int) -> bool:
         """Whether the op computes with a matrix of the model."""
         op = self.ops.get(at)
-        return (
-            op is not None
-            and (op.name in MATRIX or op.name in CONVS)
-            and self._rank(op) > 1
-        )
+        return op is not None and (op.name in MATRIX or op.name in CONVS) and self._rank(op) > 1
 
     def linear(self, at: int) -> bool:
         """Whether the op is a product with one matrix ``[N, K]`` or ``[K, N]`` of the model."""

@@ -1,4 +1,4 @@
-"""Mixtures of experts: a router, which picks, and stacks of weights ``[E, …]`` that are picked of."""
+"""Mixtures of experts: a router, which picks, and stacks of weights ``[E, …]`` to pick from."""
 
 from __future__ import annotations
 

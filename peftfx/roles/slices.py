@@ -61,9 +61,7 @@ def _gradient(shape: tuple[int, ...], weight: int, ops: list[Op], part: Made) ->
         leaf = torch.randn(shape, generator=generator).requires_grad_()
         made: dict[Made, Tensor] = {(weight, 0): leaf * 1}
         for op in ops:
-            leaves = [
-                _tensor(v, made, generator) if isinstance(v, Value) else v for v in op.leaves
-            ]
+            leaves = [_tensor(v, made, generator) if isinstance(v, Value) else v for v in op.leaves]
             args, kwargs = tree_unflatten(leaves, op.structure)
             out = op.func(*args, **kwargs)
             results = [t for t in tree_leaves(out) if isinstance(t, Tensor)] or [args[0]]

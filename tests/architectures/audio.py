@@ -57,7 +57,8 @@ AUDIO = (
         joined(
             LAYERS,
             {
-                "embedding.token": ("*.embed_tokens",), "embedding.position": ("*.embed_positions",),
+                "embedding.token": ("*.embed_tokens",),
+                "embedding.position": ("*.embed_positions",),
                 "norm": ("*coder.layer_norm",), "conv": ("*.conv1", "*.conv2"),
                 "head": ("proj_out",),
             },

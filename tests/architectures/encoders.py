@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from tests.architectures.architecture import (
     FLEX_TOO,
-    SDPA_TOO,
     Architecture,
     both,
     fused,

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
-from tests.architectures.architecture import FLEX_TOO, SDPA_TOO, Architecture, both, hf, image, joined
+from tests.architectures.architecture import (
+    FLEX_TOO,
+    SDPA_TOO,
+    Architecture,
+    both,
+    hf,
+    image,
+    joined,
+)
 
 VIT = {
     "image_size": 16, "patch_size": 8, "hidden_size": 24, "intermediate_size": 40,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from fnmatch import fnmatchcase
 
 import pytest
-import torch
 
 from peftfx.roles import roles
 from peftfx.select import ROLES
