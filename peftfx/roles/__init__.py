@@ -22,8 +22,6 @@ from peftfx.select import ROLES
 from peftfx.site import Rows
 from peftfx.trace import Trace
 
-Spans = Mapping[str, Rows]  # by role
-
 
 @dataclass
 class Roles:
@@ -99,9 +97,12 @@ def roles(trace: Trace) -> Roles:
             told.doubt(found)
         elif not taken & set(found[1]):
             told.add(*found)
-    for path, output in outputs(flow, _whole(flow, sublayers)):
-        told.outputs.setdefault(path, [])
-        if output not in told.outputs[path]:
+    for place in outputs(flow, _whole(flow, sublayers)):
+        if isinstance(place, Unclear):
+            told.doubt(place)
+            continue
+        path, output = place
+        if output not in told.outputs.setdefault(path, []):
             told.outputs[path].append(output)
     told.stacks = stacks(flow, sublayers)
     return told

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from peftfx.roles.flow import Flow
-from peftfx.roles.sublayer import Sublayer
+from peftfx.roles.sublayer import Sublayer, Unclear
 from peftfx.trace import Call
 
 
@@ -31,7 +31,7 @@ class Output:
     beside: str
 
 
-def outputs(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output]]:
+def outputs(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output] | Unclear]:
     """Modules by path, each with one of its roles.
 
     A module that is called for something else too has none: what acts on its output would act
@@ -56,6 +56,9 @@ def outputs(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output
             if role not in told and (role, call.path) in alone:
                 told.add(role)
                 yield call.path, _output(flow, role, call, sublayer)
+        for role, reason in _expected(sublayer):
+            if role not in told:
+                yield Unclear(role, flow.ops[max(sublayer.ops)], reason)
 
 
 def _output(flow: Flow, role: str, call: Call, sublayer: Sublayer) -> Output:
@@ -64,6 +67,12 @@ def _output(flow: Flow, role: str, call: Call, sublayer: Sublayer) -> Output:
     given = flow.shape(call.input)[-1] if call.input is not None else width
     last = list(sublayer.projections.values())[-1].params
     return Output(role, (width, given), max(last, key=lambda n: len(flow.trace.shapes[n])))
+
+
+def _expected(sublayer: Sublayer) -> Iterator[tuple[str, str]]:
+    """The roles that a sublayer's output should have, and why there may be no module for one."""
+    yield sublayer.kind, f"no module is this {sublayer.kind} alone, input to output"
+    yield f"residual.{sublayer.kind}", "no module's output is what is added to a residual stream"
 
 
 def _candidates(

@@ -127,7 +127,8 @@ def test_acts_where_the_table_says(name: str, parallel: bool, tmp_path: Path) ->
     check_gradients(model, compiled, x, expected, weights)
     if hasattr(model, "gradient_checkpointing_enable"):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        compiled = torch.compile(model.train(), backend=backend, fullgraph=True)
+        # T5 sets `requires_grad` in a region: torch breaks the base's graph there too
+        compiled = torch.compile(model.train(), backend=backend, fullgraph=name != "t5")
         check_gradients(model, compiled, x, expected, weights)
         model.eval()
 
@@ -184,7 +185,7 @@ def test_what_no_module_gives_is_refused() -> None:
     rule = {"method": Bottleneck.name, "role": "mlp", "parallel": True}
     with pytest.raises(RoleError, match=r"shows residual\.attention, residual\.mlp") as caught:
         make_plan(by_name("bert").build(), {"rules": [rule]})
-    assert "no module holds this feed-forward alone" in str(caught.value)
+    assert "layer.0.output.dense.weight (no module is this mlp alone" in str(caught.value)
     with pytest.raises(PlanError, match="both act here"):
         twice = [{"method": Bottleneck.name, "role": r} for r in ("attention", "residual")]
         make_plan(by_name("llama").build(), {"rules": twice})
