@@ -14,6 +14,8 @@ import torch
 
 Run = Callable[[], Any]
 WARM = 3  # turns that are not counted
+FILL = 1 << 30  # bytes that are written to have them in the L2 cache and nothing else
+FASTEST = 10e12  # bytes a second that no memory is faster than
 
 
 class Clock(Protocol):
@@ -47,17 +49,20 @@ class Wall:
 
 
 class Events:
-    """A GPU's own events around replays of a captured graph: the host's time is left out.
+    """A GPU's own events. The host's time is left out, and the L2 cache is cold.
 
     Args:
-        cold: whether the L2 cache is filled with something else before each run.
+        capture: whether runs are captured as graphs, and replays are timed. Else the device is
+            kept busy before each run for as long as the host takes to launch it.
     """
 
-    def __init__(self, cold: bool = True) -> None:
-        size = getattr(torch.cuda.get_device_properties(), "L2_cache_size", 0) or 64 << 20
-        self.other = torch.empty(4 * size, dtype=torch.int8, device="cuda") if cold else None
+    def __init__(self, capture: bool = True) -> None:
+        self.other = torch.empty(FILL, dtype=torch.int8, device="cuda")
+        self.capture = capture
 
     def ready(self, run: Run) -> Run:
+        if not self.capture:
+            return run
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -71,9 +76,10 @@ class Events:
 
     def seconds(self, runs: Mapping[str, Run], rounds: int) -> dict[str, list[float]]:
         pairs: dict[str, list[tuple[Any, Any]]] = {name: [] for name in runs}
-        for _ in range(WARM + rounds):
+        ahead = {name: self._ahead(run) for name, run in runs.items()}
+        for _ in range(rounds):
             for name, run in runs.items():
-                if self.other is not None:
+                for _ in range(ahead[name]):
                     self.other.zero_()
                 start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 start.record()
@@ -82,14 +88,23 @@ class Events:
                 pairs[name].append((start, end))
         torch.cuda.synchronize()
         return {
-            name: [start.elapsed_time(end) / 1e3 for start, end in taken[WARM:]]
+            name: [start.elapsed_time(end) / 1e3 for start, end in taken]
             for name, taken in pairs.items()
         }
 
+    def _ahead(self, run: Run) -> int:
+        """Warms *run* up; how often to fill the cache so that this lasts until it is launched."""
+        for _ in range(WARM):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            took = time.perf_counter() - start
+        return 1 + min(200, int(1.5 * took * FASTEST / FILL))
 
-def clock(device: torch.device, cold: bool = True) -> Clock:
+
+def clock(device: torch.device, capture: bool = True) -> Clock:
     """The clock for runs on *device*."""
-    return Events(cold) if device.type == "cuda" else Wall()
+    return Events(capture) if device.type == "cuda" else Wall()
 
 
 def medians(clock: Clock, runs: Mapping[str, Run], rounds: int) -> dict[str, float]:

@@ -66,7 +66,7 @@ class Tuned:
 
 
 @dataclass(frozen=True)
-class _Alone(Runner):
+class Alone(Runner):
     """A runner that launches only what uses the tile of *kernel*; or all, and notes what was used.
 
     Every launch follows the question for its tile.
@@ -108,7 +108,7 @@ def tune(
     """
     expected = exact(operands)
     for descriptors in (True, False):
-        run = _Alone(device, configs=known, descriptors=descriptors)
+        run = Alone(device, configs=known, descriptors=descriptors)
         wrong = verify(results(operands, run), expected)
         if wrong is not None:
             raise GraphError(f"the kernels are wrong before anything was tuned: {wrong}")
@@ -122,7 +122,7 @@ def tune(
 
 
 def _best(
-    run: _Alone, kernel: str, shape: Shape, operands: Operands, expected: list[Tensor],
+    run: Alone, kernel: str, shape: Shape, operands: Operands, expected: list[Tensor],
     clock: Clock, trials: int, rounds: int, deadline: float,
 ) -> Tuned:  # fmt: skip
     """A walk along the axes: what is best on one is kept when the next is tried."""
@@ -161,7 +161,7 @@ def _with(known: Configs, kernel: str, tile: Config) -> Configs:
 
 
 def _refused(
-    run: _Alone, use: tuple[str, Shape], tile: Config, operands: Operands, expected: list[Tensor]
+    run: Alone, use: tuple[str, Shape], tile: Config, operands: Operands, expected: list[Tensor]
 ) -> str | None:
     """Why a tile does not count, if it does not: it cannot be compiled, is not used, is wrong."""
     from triton.errors import TritonError

@@ -115,10 +115,14 @@ def slug(device: str) -> str:
 @functools.cache
 def commit() -> str:
     """The commit of the sources, ``-dirty`` where they differ from it; empty in an installation."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=SHIPPED, capture_output=True, text=True
-    )  # fmt: skip
-    return found.stdout.strip()
+
+    def git(*arguments: str) -> Any:
+        return subprocess.run(["git", *arguments], cwd=SHIPPED, capture_output=True, text=True)
+
+    head = git("rev-parse", "--short", "HEAD").stdout.strip()
+    results = [f":(exclude,top)benchmarks/{name}" for name in ("results", "README.md")]
+    changed = git("diff", "--quiet", "HEAD", "--", ":(top)", *results).returncode
+    return f"{head}-dirty" if head and changed else head
 
 
 def triton_version() -> str:

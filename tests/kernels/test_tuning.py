@@ -110,7 +110,7 @@ def test_wrong_from_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sizes", [{"outs": (24, 8), "drops": False}, {"weight": False}, {}])
 def test_exact_is_the_kernels_reference(sizes: dict[str, Any]) -> None:
     case = operands(**sizes)
-    run = tune._Alone(interpreter())
+    run = tune.Alone(interpreter())
     assert tune.verify(tune.results(case, run), tune.exact(case)) is None
     case.B[0].mul_(1.01)
     wrong = tune.verify(tune.results(case, run), tune.exact(operands(**sizes)))

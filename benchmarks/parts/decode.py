@@ -1,0 +1,47 @@
+"""Decoding through a layer."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from benchmarks.compare import Stand, outputs
+from benchmarks.models import LLAMA_8B, TINY, Layer
+from benchmarks.registry import Measure, Row, Setting
+from benchmarks.variants import Adapter
+from benchmarks.verify import gate
+
+ABOUT = """\
+One token of each of M sequences through a layer of Llama-8B, without a cache of keys and values, as a CUDA
+graph. A merged adapter costs what `frozen` does."""
+TARGET = "unmerged ≤1.05 of merged"
+DEVICES = ("cuda", "cpu")
+NAMES = ("frozen", "peftfx", "peft, bf16 adapters", "peft + compile, bf16 adapters")
+
+
+def cases(setting: Setting) -> Mapping[str, Measure]:
+    rows = (1, 4, 16, 64) if setting.gpu else (1, 16)
+    if setting.tiny:
+        rows = (4,)
+    return {f"M {m}": functools.partial(_token, setting, f"M {m}", m) for m in rows}
+
+
+def _token(setting: Setting, case: str, rows: int) -> list[Row]:
+    sizes, rank = (TINY, 3) if setting.tiny else (LLAMA_8B, 16)
+    stand = Stand.of(
+        setting, torch.bfloat16, lambda: Layer(sizes, 1), (rows, 1, sizes.hidden), Adapter(rank),
+        NAMES,
+    )  # fmt: skip
+    x = stand.x.detach()
+    with torch.no_grad():
+        expected = outputs(stand.plain(), x.double())
+        errors = {
+            name: gate(name, outputs(one, x), expected, 5e-2)
+            for name, one in stand.variants.items()
+            if one.factors
+        }
+        runs = {n: functools.partial(outputs, one, x) for n, one in stand.variants.items()}
+        values, spread = setting.measure(runs)
+    return [Row(case, values, "forward", errors=errors, spread=spread, missing=stand.missing)]
