@@ -114,10 +114,10 @@ def _quantile(values: list[float], q: float) -> float:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the benchmark: a module with ``ABOUT``, ``TARGET``, ``DEVICES`` and ``cases``."""
+    """A part of the benchmark: a module with ``TARGET``, ``DEVICES`` and ``cases``."""
 
     name: str
-    about: str  # what is measured, shown above its table
+    about: str  # its docstring, shown above its table
     target: str  # what is aimed at, "" where it is only for orientation
     devices: tuple[str, ...]
     cases: Callable[[Setting], Mapping[str, Measure]]  # by name; each gives its rows
@@ -127,4 +127,4 @@ class Part:
 def part(name: str) -> Part:
     """The part of that name; its module is imported now."""
     module: Any = importlib.import_module(f"benchmarks.parts.{name}")
-    return Part(name, module.ABOUT, module.TARGET, module.DEVICES, module.cases)
+    return Part(name, module.__doc__.strip(), module.TARGET, module.DEVICES, module.cases)

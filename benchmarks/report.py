@@ -1,7 +1,4 @@
-"""``benchmarks/README.md`` and the roofline's picture, from the results: ``python -m benchmarks.report``.
-
-No number in them is typed.
-"""
+"""Tables and pictures of ``benchmarks/README.md``, from the JSON: ``python -m benchmarks.report``."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ def write(root: Path) -> None:
 
 def text(before: str, found: Found) -> str:
     """The README: what people wrote, down to the marker, and the tables of what was measured."""
-    head, marker, _ = before.partition(ENDING)
+    head = before.partition(ENDING)[0]
     return "\n".join([head.rstrip() + "\n", ENDING, "", *missing(found), *tables(found)])
 
 
@@ -79,8 +76,12 @@ def section(one: Part, head: dict[str, Any], rows: Sequence[Row]) -> list[str]:
 def table(rows: Sequence[Row]) -> list[str]:
     """A line for each case and way: the number, over what it is divided by where there is that."""
     names = list(dict.fromkeys(n for row in rows for n in row.values))
-    extra = [("roofline", any(r.least for r in rows)), ("MB", any(r.megabytes for r in rows)),
-             ("chosen", any(r.chosen for r in rows)), ("worst error", any(r.errors for r in rows))]
+    extra = [
+        ("roofline", any(r.least for r in rows)),
+        ("MB", any(r.megabytes for r in rows)),
+        ("chosen", any(r.chosen for r in rows)),
+        ("worst error", any(r.errors for r in rows)),
+    ]
     heads = ["case", "", *names, *(name for name, there in extra if there)]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:

@@ -1,9 +1,9 @@
 """One command, one table: ``python -m benchmarks.run --device auto``.
 
-Runs the parts of the benchmark, each in a process of its own and for eight minutes at most, and writes
-``benchmarks/results/<device>/<part>.json`` after every case. Called again it goes on where it stopped.
-What is wrong gets no time: each case compares its variants before it times them. In the end it writes
-``benchmarks/README.md`` anew.
+Runs the parts of the benchmark, each in a process of its own and for eight minutes at most, and
+writes ``benchmarks/results/<device>/<part>.json`` after every case. Called again it goes on where
+it stopped. What is wrong gets no time: each case compares its variants before it times them. In the
+end it writes ``benchmarks/README.md`` anew.
 """
 
 from __future__ import annotations
@@ -93,15 +93,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.inside:
         setting = replace(setting, rates=rates(given.results, setting))
         return len(measure(given.part[0], setting, given.results, given.again, given.minutes))
+    if setting.tiny and given.results == RESULTS:
+        parser.error("numbers of tiny sizes mean nothing: --results DIRECTORY")
     deadline, failed = time.monotonic() + 60 * given.minutes, []
     for name in given.part or [p for p in PARTS if kind in part(p).devices]:
         left = min(LIMIT, (deadline - time.monotonic()) / 60)
         if left < 0.5:
             print(f"time is up before {name}; call again to go on")
             break
-        command = [sys.executable, "-m", "benchmarks.run", "--inside", "--part", name, "--device",
-                   kind, "--size", given.size, "--rounds", str(given.rounds), "--minutes",
-                   str(0.75 * left), "--results", str(given.results), "--commit", given.commit]  # fmt: skip
+        command = [
+            sys.executable, "-m", "benchmarks.run", "--inside", "--part", name, "--device", kind,
+            "--size", given.size, "--rounds", str(given.rounds), "--minutes", str(0.75 * left),
+            "--results", str(given.results), "--commit", given.commit,
+        ]  # fmt: skip
         try:
             done = subprocess.run([*command, *["--again"] * given.again], timeout=60 * left)
             failed += [name] * bool(done.returncode)

@@ -1,4 +1,6 @@
-"""Decoding through a layer."""
+"""One token of each of M sequences through a layer of Llama-8B, without a cache of keys and
+values, as a CUDA graph. A merged adapter costs what `frozen` does.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,6 @@ from benchmarks.registry import Measure, Row, Setting
 from benchmarks.variants import Adapter
 from benchmarks.verify import gate
 
-ABOUT = """\
-One token of each of M sequences through a layer of Llama-8B, without a cache of keys and values, as a CUDA
-graph. A merged adapter costs what `frozen` does."""
 TARGET = "unmerged ≤1.05 of merged"
 DEVICES = ("cuda", "cpu")
 NAMES = ("frozen", "peftfx", "peft, bf16 adapters", "peft + compile, bf16 adapters")

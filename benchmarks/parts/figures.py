@@ -1,4 +1,4 @@
-"""What the device can do at most."""
+"""What plain torch reaches on the device: the roofline that all other parts are put beside."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from benchmarks.registry import Measure, Row, Setting
 from peftfx.kernels.rates import rates
 
-ABOUT = "What plain torch reaches on the device: the roofline that all other parts are put beside."
 TARGET = ""
 DEVICES = ("cuda", "cpu")
 

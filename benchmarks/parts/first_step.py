@@ -1,4 +1,6 @@
-"""The time to the first step."""
+"""Seconds of the first step of the training above, binding left out: each variant in a process
+and with caches of its own.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,6 @@ from benchmarks.parts.train_step import NAMES, adapted, batch, llama, stepper
 from benchmarks.peers import why_no_peft
 from benchmarks.registry import Measure, Row, Setting
 
-ABOUT = """\
-Seconds of the first step of the training above, binding left out: each variant in a process and with caches of
-its own."""
 TARGET = "≤1.2 of frozen"
 DEVICES = ("cpu", "cuda")
 

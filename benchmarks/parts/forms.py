@@ -1,4 +1,6 @@
-"""Calls of the ops in each form that can take them."""
+"""Each call of `low_rank_linear` in every form that can take it, beside the frozen products
+alone (forward, and their dX). `chosen` names the form that the lowering takes here.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,9 @@ from peftfx.kernels.timing import Run
 from peftfx.passes.claims.cost import Call, choose, least
 from peftfx.passes.claims.measure import LLAMA_8B, forms
 
-ABOUT = """\
-Each call of `low_rank_linear` in every form that can take it, beside the frozen products alone (forward,
-and their dX). `chosen` names the form that the lowering takes here."""
-TARGET = "forward ≤1.05 of frozen (≤1.03 where N or K is 14336), the form that is chosen the fastest"
+TARGET = (
+    "forward ≤1.05 of frozen (≤1.03 where N or K is 14336), the form that is chosen the fastest"
+)
 DEVICES = ("cuda", "cpu")
 
 

@@ -1,8 +1,12 @@
-"""The K-augmented form: frozen weight and factors in one block, one product each way.
+"""The K-augmented form: frozen weight and factors in one block, one library product each way.
 
     block = [[W, B], [A, 0]]     y = [x | s·S] · [W | B]ᵀ     dX = [dY | s·dS] · [W ; A]
 
-The block is a second copy of W. Only its two borders are written again after a step of the optimizer.
+x and dY lie in padded rows, which their producers would have written into; `and copying` makes
+such a copy, as where they cannot. The block is a second copy of W; `refresh` is what its borders
+cost after each step of the optimizer, and in no other number. Rows of `tight` are as long as they
+come, others are padded to 128 bytes. It has to beat `accumulate`. dA and dB, the same in all forms,
+are in no number.
 """
 
 from __future__ import annotations
@@ -21,14 +25,9 @@ from peftfx.kernels.low_rank_linear.tune import exact
 from peftfx.kernels.timing import Run
 from peftfx.passes.claims.measure import forms
 
-ABOUT = """\
-The K-augmented form: a block [[W, B], [A, 0]], one library product with K + r forward and N + r backward,
-x and dY in padded rows that their producers would have written into; with such a copy made here
-(`and copying`), as where they cannot; and what the block's borders cost after each step of the optimizer
-(`refresh`, not in the others). Rows of `tight` are as long as they come, others are padded to 128 bytes.
-`accumulate`, with library products added in place, is what it has to beat. dA and dB are in no number:
-they are the same in all forms."""
-TARGET = "to be wired in it must beat the best other form; it keeps a second copy of every frozen weight"
+TARGET = (
+    "to be wired in it must beat the best other form; it keeps a second copy of every frozen weight"
+)
 DEVICES = ("cuda", "cpu")
 
 
@@ -102,7 +101,11 @@ def _both(setting: Setting, case: str, sizes: Sizes, dtype: torch.dtype) -> list
     for way, (op, args), expected in (("forward", ahead, y), ("dX", (back[0], only_dx), dx)):
         runs: dict[str, Run] = {"frozen": frozen[way]}
         others = forms(op, args, config)
-        runs |= {name: functools.partial(_first, run) for name, run in others.items() if name != "definition"}
+        runs |= {
+            name: functools.partial(_first, run)
+            for name, run in others.items()
+            if name != "definition"
+        }
         for name, block in blocks.items():
             runs[name] = block.ahead if way == "forward" else block.back
             runs[f"{name}, and copying"] = functools.partial(_copied, block, runs[name])

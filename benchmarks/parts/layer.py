@@ -1,4 +1,7 @@
-"""A layer of Llama-8B."""
+"""A layer of Llama-8B, LoRA of rank 16 on its seven linears, sequences of 2048 tokens. Of the
+orders of products that are written anew, the rest of the layer is compiled piece by piece.
+Work and roofline are those of the linears alone.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,6 @@ from benchmarks.models import LLAMA_8B, TINY, Layer
 from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.variants import ALL, Adapter
 
-ABOUT = """\
-A layer of Llama-8B, LoRA of rank 16 on its seven linears, sequences of 2048 tokens. Of the orders of
-products that are written anew, the rest of the layer is compiled piece by piece. Work and roofline are those
-of the linears alone."""
 TARGET = "forward and backward ≤1.06 of the frozen layer; ≥1.15× faster than PEFT + compile; peak \
 memory ≤0.5 of PEFT's and ≤0.9 of PEFT + compile's"
 DEVICES = ("cuda", "cpu")

@@ -1,4 +1,6 @@
-"""Adapted linears as modules."""
+"""Modules whose linears share one input, each variant as its users run it, compiled where it is.
+Forward, and forward with dX, dA and dB; `frozen` has dX alone.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +15,9 @@ from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.variants import ALL, Adapter
 from peftfx.passes.claims.measure import LLAMA_8B
 
-ABOUT = """\
-Modules whose linears share one input, each variant as its users run it, compiled where it is. Forward, and
-forward with dX, dA and dB; `frozen` has dX alone."""
 TARGET = (
-    "forward ≤1.05 (≤1.03 where N or K is 14336, a fused QKV ≤1.06), with backward ≤1.07; ≥1.15× faster "
-    "than Unsloth's order, ≥1.25× than PEFT with bf16 adapters, ≥1.6× than PEFT"
+    "forward ≤1.05 (≤1.03 where N or K is 14336, a fused QKV ≤1.06), with backward ≤1.07; ≥1.15× "
+    "faster than Unsloth's order, ≥1.25× than PEFT with bf16 adapters, ≥1.6× than PEFT"
 )
 DEVICES = ("cuda", "cpu")
 

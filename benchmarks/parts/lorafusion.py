@@ -1,4 +1,7 @@
-"""LoRAFusion's setup."""
+"""One square linear with dropout of 0.1, rank 16, α 16: the setup of LoRAFusion (Zhu et al.,
+EuroSys 2026), whose own kernels are not here. `plain torch` is LoRA written out with factors
+in x's dtype. Errors are what dropout's noise amounts to, over what it should (1).
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,6 @@ from benchmarks.models import Sites
 from benchmarks.registry import Measure, Row, Setting
 from benchmarks.variants import Adapter
 
-ABOUT = """\
-One square linear with dropout of 0.1, rank 16, α 16: the setup of LoRAFusion (Zhu et al., EuroSys 2026), whose
-own kernels are not here. `plain torch` is LoRA written out with factors in x's dtype. Errors are what
-dropout's noise amounts to, over what it should (1)."""
 TARGET = "forward and backward ≥1.45× faster than plain torch (the paper: 1.27 on the mean)"
 DEVICES = ("cuda", "cpu")
 NAMES = ("frozen", "peftfx", "plain torch", "peft, bf16 adapters", "peft + compile, bf16 adapters")

@@ -1,4 +1,8 @@
-"""Attention with a prefix."""
+"""Attention with a prefix of 20 keys and values (heads of 64, float32): its own attention,
+merged by log-sum-exp (`merged`), or keys and values in one tensor (`joined`), beside
+attention without it. Decoding one token over a long cache, and forward and backward of a
+training step.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +19,6 @@ from benchmarks.verify import gate
 from peftfx.kernels.prefix_attention import op
 from peftfx.kernels.timing import Run
 
-ABOUT = """\
-Attention with a prefix of 20 keys and values (heads of 64, float32): its own attention, merged by log-sum-exp
-(`merged`), or keys and values in one tensor (`joined`), beside attention without it. Decoding one token
-over a long cache, and forward and backward of a training step."""
 TARGET = "≤1.05 of attention without a prefix"
 DEVICES = ("cuda", "cpu")
 P, D = 20, 64

@@ -1,4 +1,8 @@
-"""Single products."""
+"""Single products, each alone: the frozen one; the kernels that add the update to it, forward
+(`fwd`) and backward (`dx`), with descriptors and without; S = x·Aᵀ by the library and by a
+kernel (`s`), beside the time that reading x takes; frozen products on one x, one by one and
+with their weights joined.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,6 @@ from peftfx.kernels.low_rank_linear.runner import Runner
 from peftfx.kernels.low_rank_linear.tune import Alone
 from peftfx.kernels.timing import Run
 
-ABOUT = """\
-Single products, each alone: the frozen one; the kernels that add the update to it, forward (`fwd`) and
-backward (`dx`), with descriptors and without; S = x·Aᵀ by the library and by a kernel (`s`), beside the
-time that reading x takes; frozen products on one x, one by one and with their weights joined."""
 TARGET = "a kernel beats the library and `addmm_` where its own deficit is below 367/K"
 DEVICES = ("cuda", "cpu")
 SHAPES = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096))

@@ -1,4 +1,10 @@
-"""Training of whole models."""
+"""A step of training: forward, loss, backward, fused AdamW; Llamas of 1B and 8B with random
+weights in bfloat16, LoRA of rank 16 on all linears of their layers, sequences of 2048 tokens,
+nothing checkpointed. Layers are compiled one by one, where a variant is compiled; embedding,
+head and loss are not, in any. In `frozen` one norm of the first layer trains. Memory is what
+a step takes beside weights and optimizer. Errors are those of all factors' gradients
+together, against fp32; twice those of plain products are allowed.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +22,6 @@ from benchmarks.variants import ALL, Adapter, Variant, same_start, variant
 from benchmarks.verify import gate
 from peftfx.kernels.timing import Run
 
-ABOUT = """\
-A step of training: forward, loss, backward, fused AdamW; Llamas of 1B and 8B with random weights in
-bfloat16, LoRA of rank 16 on all linears of their layers, sequences of 2048 tokens, nothing checkpointed.
-Layers are compiled one by one, where a variant is compiled; embedding, head and loss are not, in any. In
-`frozen` one norm of the first layer trains. Memory is what a step takes beside weights and optimizer. Errors
-are those of all factors' gradients together, against fp32; twice those of plain products are allowed."""
 TARGET = "memory ≤1.15 of 92 KiB a token and layer (8B), ≤0.5 of PEFT's, ≤0.9 of PEFT + compile's"
 DEVICES = ("cuda",)
 

@@ -1,0 +1,161 @@
+"""The benchmark's harness at tiny sizes: every part runs, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import report, run, store
+from benchmarks.parts import first_step, linear
+from benchmarks.registry import PARTS, Row, Setting, part
+from benchmarks.store import RESULTS, Results, load, read
+from benchmarks.verify import Mismatch, dropped, gate
+from peftfx.kernels import timing
+
+TINY = Setting(torch.device("cpu"), tiny=True)
+
+
+@pytest.fixture(autouse=True)
+def warm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(timing, "WARM", 1)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plumbing that only a GPU would reveal as broken is a defect: all parts run here, tiny."""
+    monkeypatch.setattr(first_step, "NAMES", ("peftfx",))
+    assert not run.measure(name, TINY, tmp_path)
+    (path,) = tmp_path.glob(f"*/{name}.json")
+    head, rows = read(path)
+    assert head["part"] == name and head["size"] == "tiny" and head["commit"] and head["torch"]
+    assert rows and all(v > 0 for row in rows for n, v in row.values.items() if "adds" not in n)
+    for row in rows:
+        assert row.over is None or row.over in row.values or name == "first_step"
+        if "peftfx" in row.values and name != "first_step":
+            assert row.errors["peftfx"] >= 0
+    text = "\n".join(report.section(part(name), head, rows))
+    assert all(f"| {row.case}, {row.unit} | {row.way} | " in text for row in rows)
+
+
+def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+
+    def cases(setting: Setting) -> dict[str, Any]:
+        def row(name: str) -> list[Row]:
+            made.append(name)
+            if name == "wrong":
+                raise Mismatch("off")
+            if name == "missing":
+                raise ModuleNotFoundError("peft not installed")
+            return [Row(name, {"frozen": 1.23456, "peftfx": 2.0}, way) for way in ("one", "two")]
+
+        return {name: lambda name=name: row(name) for name in ("a", "wrong", "missing", "b")}
+
+    monkeypatch.setattr(linear, "cases", cases)
+    part.cache_clear()
+    try:
+        assert not run.measure("linear", TINY, tmp_path, minutes=0) and not made  # no time at all
+        failed = run.measure("linear", TINY, tmp_path)
+        assert failed == ["linear, wrong: off", "linear, missing: peft not installed"]
+        made.clear()
+        run.measure("linear", TINY, tmp_path)
+        assert made == ["wrong", "missing"]  # what is done stays
+        ((_, rows),) = [found["linear"] for found in load(tmp_path).values()]
+        assert [r.case for r in rows] == ["a", "a", "b", "b"] and rows[0].values["frozen"] == 1.235
+        made.clear()
+        monkeypatch.setattr(torch, "__version__", "0")
+        monkeypatch.setattr(store, "environment", lambda s: {"device": "x", "commit": "other"})
+        run.measure("linear", TINY, tmp_path, again=True)
+        assert made[0] == "a"
+    finally:
+        part.cache_clear()
+
+
+def test_another_commit_starts_anew(tmp_path: Path) -> None:
+    for commit in ("one", "two"):
+        setting = Setting(torch.device("cpu"), tiny=True, commit=commit)
+        found = Results(tmp_path, part("marks"), store.environment(setting), again=False)
+        assert not found.rows
+        found.add([Row("a mark", {"plain": 1.0}, over=None)])
+        assert found.done("a mark") and not found.done("b")
+
+
+def test_the_gate() -> None:
+    right = torch.randn(40, 30, dtype=torch.float64)
+    assert gate("v", [right.bfloat16()], [right]) < 1e-2
+    with pytest.raises(Mismatch, match=r"v: result 0 is off by 0.1, above 0.02"):
+        gate("v", [1.1 * right.bfloat16()], [right])
+    wrong = right.clone()
+    wrong[3, 4] = float("nan")
+    with pytest.raises(Mismatch, match="off by nan"):
+        gate("v", [wrong.float()], [right])
+    update = torch.randn(400, 30)
+    for p, drawn in ((0.1, 0.1), (0.1, 0.4)):
+        kept = (torch.rand(400, 30) >= drawn) / (1 - drawn)
+        if p == drawn:
+            assert 0.8 < dropped("v", right[0] + update * kept, right[0] + update, update, p) < 1.2
+            continue
+        with pytest.raises(Mismatch, match="of the noise"):
+            dropped("v", update * kept, update, update, p)
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One part in its own process, then its table; tiny numbers never go beside real ones."""
+    monkeypatch.setattr(sys, "executable", sys.executable)
+    given = ["--device", "cpu", "--size", "tiny", "--rounds", "1", "--part", "figures"]
+    assert run.main([*given, "--results", str(tmp_path)]) == 0
+    assert len(list(tmp_path.glob("*/figures.json"))) == 1
+    with pytest.raises(SystemExit):
+        run.main(given)
+    rates = run.rates(tmp_path, TINY)
+    setting = Setting(TINY.device, True, rates=rates)
+    assert rates["tflops"] > 0
+    assert setting.floor(1e12, 1.0, torch.float32) == pytest.approx(1e3 / rates["tflops_fp32"])
+    assert TINY.floor(1e12, 1.0, torch.float32) is None
+
+
+def test_the_readme_is_the_results() -> None:
+    """``python -m benchmarks.report`` writes it; nobody else."""
+    path = report.HERE / "README.md"
+    assert path.read_text() == report.text(path.read_text(), load(RESULTS))
+
+
+def test_what_is_not_measured_is_said() -> None:
+    assert "On a GPU: `figures`, `products`" in "\n".join(report.missing({}))
+    head = {"device": "NVIDIA H200"}
+    seen = {"h200": {n: (head, []) for n in PARTS}}
+    assert "On a GPU" not in "\n".join(report.missing(seen))
+
+
+def test_results_are_whole() -> None:
+    """What is committed was measured at real sizes, and says with what."""
+    for device, parts in load(RESULTS).items():
+        for name, (head, rows) in parts.items():
+            assert name in PARTS and rows and head["size"] == "full"
+            assert store.measured.slug(head["device"]) == device and head["commit"]
+
+
+def test_the_picture(tmp_path: Path) -> None:
+    row = Row("a, bfloat16", {"frozen": 1.0, "peftfx": 1.1}, work={"flops": 1e9, "bytes": 1e6})
+    rates = {"gigabytes": 4000.0, "tflops": 700.0}
+    report.roofline(rates, ({}, [row]), tmp_path / "x" / "roofline.png")
+    assert (tmp_path / "x" / "roofline.png").stat().st_size > 5000
+
+
+def test_tables_have_ratios(tmp_path: Path) -> None:
+    row = Row(
+        "a", {"frozen": 2.0, "peftfx": 2.1}, "forward", least={"peftfx": 1.0},
+        megabytes={"peftfx": 12.3}, errors={"peftfx": 1e-3}, missing={"peft": "not installed"},
+    )  # fmt: skip
+    lines = report.section(part("linear"), {"commit": "abc", "python": "3"}, [row])
+    assert "| a, ms | forward | 2 | 2.1 (1.05) | 1 | peftfx 12 | 1.0e-03 |" in lines
+    assert "No numbers for peft: not installed." in lines
+    assert json.dumps(store._written(row))
