@@ -1,4 +1,4 @@
-"""Tables and pictures of ``benchmarks/README.md``, from the JSON: ``python -m benchmarks.report``."""
+"""Tables and pictures of benchmarks/README.md, from the JSON: ``python -m benchmarks.report``."""
 
 from __future__ import annotations
 
