@@ -72,6 +72,7 @@ def test_training(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> N
     assert len(backend.reports) == 1
 
 
+@pytest.mark.slow
 def test_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PEFTFX_FORMS", "accumulate")
     model, _ = adapted()
