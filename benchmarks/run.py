@@ -22,7 +22,7 @@ from benchmarks import report
 from benchmarks.registry import PARTS, Row, Setting, part
 from benchmarks.store import RESULTS, Results, environment, load, read
 from benchmarks.verify import Mismatch
-from peftfx.kernels.measured import slug
+from peftfx.kernels import measured
 
 LIMIT = 8.0  # minutes of a part's process
 
@@ -65,7 +65,7 @@ def line(row: Row) -> str:
 
 def rates(root: Path, setting: Setting) -> dict[str, float]:
     """The device's rates, if the part `figures` has found them."""
-    path = root / slug(environment(setting)["device"]) / "figures.json"
+    path = root / measured.slug(environment(setting)["device"]) / "figures.json"
     if not path.exists():
         return {}
     (row,) = read(path)[1]
@@ -82,6 +82,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--again", action="store_true", help="measure anew what is there already")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--commit", default="", help="of these sources, where git is not")
+    parser.add_argument(
+        "--tune", type=float, default=0.0, metavar="MINUTES",
+        help="first find tiles and fastest forms, unless kernels/measured has them for this device",
+    )  # fmt: skip
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # a part's process
     given = parser.parse_args(arguments)
     kind = given.device
@@ -96,6 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if setting.tiny and given.results == RESULTS:
         parser.error("numbers of tiny sizes mean nothing: --results DIRECTORY")
     deadline, failed = time.monotonic() + 60 * given.minutes, []
+    table = measured.shipped_file(environment(setting)["device"])
+    if given.tune and (given.again or not table.exists()):
+        tune = [sys.executable, "-m", "peftfx.cli", "tune", "--output", str(table)]
+        subprocess.run([*tune, "--minutes", str(given.tune)], check=True)
     for name in given.part or [p for p in PARTS if kind in part(p).devices]:
         left = min(LIMIT, (deadline - time.monotonic()) / 60)
         if left < 0.5:

@@ -7,10 +7,12 @@ with their weights joined.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.verify import gate
@@ -53,25 +55,34 @@ def _one(setting: Setting, sizes: Sizes, dtype: torch.dtype) -> list[Row]:
     back: dict[str, Run] = {"frozen": lambda: dy @ w}
     thin: dict[str, Run] = {"library": lambda: F.linear(x, a), "reading x": lambda: x.sum()}
     errors: dict[str, float] = {}
+    missing: dict[str, str] = {}
     device = describe(setting.device)
     if device is not None:
         S = F.linear(x, a)
         exact = [F.linear(x.double(), a.double())]
         errors["s"] = gate("s", [operands.forward(Runner(device))[1]], exact)
-        for name in ("fwd", "fwd_descriptor"):
-            only = Alone(device, kernel=name, descriptors=name != "fwd")
-            ahead[name] = functools.partial(operands.forward, only)
-        for name in ("dx", "dx_descriptor"):
-            only = Alone(device, kernel=name, descriptors=name != "dx")
-            back[name] = functools.partial(operands.backward, only, S)
-        thin["s"] = functools.partial(operands.forward, Alone(device, kernel="s"))
+        passes = {"fwd": (ahead, operands.forward), "dx": (back, _with(operands, S))}
+        passes["s"] = thin, operands.forward
+        for name in ("fwd", "fwd_descriptor", "dx", "dx_descriptor", "s"):
+            runs, run = passes[name.removesuffix("_descriptor")]
+            only = Alone(device, kernel=name, descriptors=name.endswith("descriptor"))
+            run(only)
+            if name in {used for used, _ in only.used}:
+                runs[name] = functools.partial(run, only)
+            else:
+                missing[name] = f"not used at {sizes}"
     case = f"{sizes}, {short(dtype)}"
     found = []
     for way, runs, over in (("forward", ahead, "frozen"), ("dX", back, "frozen"),
                             ("S", thin, "reading x")):  # fmt: skip
         values, spread = setting.measure(runs)
-        found.append(Row(case, values, way, over=over, spread=spread, errors=dict(errors)))
+        row = Row(case, values, way, over=over, spread=spread, errors=errors, missing=missing)
+        found.append(row)
     return found
+
+
+def _with(operands: Operands, S: Tensor) -> Callable[[Alone], Any]:
+    return lambda run: operands.backward(run, S)
 
 
 def _joined(setting: Setting, sizes: Sizes, dtype: torch.dtype) -> list[Row]:
