@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from peftfx import dynamo
 from peftfx.errors import BindError, NotAdaptedError
 from peftfx.kernels.prefix_attention import op
 from peftfx.methods.method import decode
@@ -129,7 +130,8 @@ class _Attending(TorchFunctionMode):
         given = operands(args, kwargs)
         front = key.front([getattr(entry, name) for name in entry.names])
         check(given, front, key.attrs)
-        return answer(given, front, None, given["query"].shape[-1], why_joined(given))
+        why = "torch.func takes no part in ops" if dynamo.transforming() else why_joined(given)
+        return answer(given, front, None, given["query"].shape[-1], why)
 
 
 def arm(entry: Any) -> None:

@@ -130,6 +130,11 @@ def compile_options(**wanted: Any) -> dict[str, Any]:
     return {name: value for name, value in wanted.items() if name in known}
 
 
+def transforming() -> bool:
+    """Whether a transform of ``torch.func`` is at work: ``grad``, ``vmap``, ``jvp`` and so on."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Inside the block, modules compiled in place run as if they were not."""

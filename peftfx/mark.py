@@ -7,6 +7,7 @@ backend is adapted all the same, merely unfused. Only :mod:`peftfx.passes.insert
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention
+from peftfx import attention, dynamo
 from peftfx.errors import NotAdaptedError
+from peftfx.kernels.definition import Defined
 from peftfx.methods.method import OF_BASE, Acts, Method, decode
 from peftfx.sequence import State
 from peftfx.site import SLOT, Site
@@ -106,7 +108,8 @@ def proof() -> Iterator[set[str]]:
 
 
 def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor, state: str = "") -> Tensor:
-    if not torch.compiler.is_compiling():
+    outside = not torch.compiler.is_compiling()
+    if outside:
         fired = _fired.get()
         if fired is not None:
             fired.add(entry.site)
@@ -116,6 +119,8 @@ def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor, state: st
     if entry.drops and owner.training:
         # drawn here and not in the op: a recomputed region replays it, and the op stays pure
         seed = torch.randint(0, 2**62, (), dtype=torch.int64, device=x.device)
+    if outside and dynamo.transforming():
+        return _plain(y, x, tensors, seed, state + entry.key, owner.training)
     return torch.ops.peftfx.site(y, x, tensors, seed, state + entry.key, owner.training)
 
 
@@ -284,17 +289,35 @@ def _kernel(
     key: str,
     training: bool,
 ) -> Tensor:
+    _admit(key)
+    out = reference(y, x, tensors, seed, key, training)
+    like = torch.empty_like(x if y is None else y)
+    if out.stride() == like.stride() and out is not y and out is not x:
+        return out
+    return like.copy_(out)
+
+
+def _admit(key: str) -> None:
     if decode(key).strict and _fired.get() is None:
         raise NotAdaptedError(
             "the spec says `strict: true`, and this run goes around the backend: eagerly, under "
             "another backend, or in a frame that Dynamo skipped",
             remedy="compile the model with backend=peftfx.backend(spec), or drop `strict`",
         )
-    out = reference(y, x, tensors, seed, key, training)
-    like = torch.empty_like(x if y is None else y)
-    if out.stride() == like.stride() and out is not y and out is not x:
-        return out
-    return like.copy_(out)
+
+
+def _plain(
+    y: Tensor | None,
+    x: Tensor,
+    tensors: Sequence[Tensor],
+    seed: Tensor | None,
+    key: str,
+    training: bool,
+) -> Tensor:
+    """The same in plain torch, for transforms of ``torch.func``, of which an op takes no part."""
+    _admit(key)
+    with Defined():
+        return reference(y, x, tensors, seed, key, training)
 
 
 def _fake(
@@ -315,23 +338,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Backward of every method: recompute the reference, differentiate it."""
+    """Backward of every method: recompute the reference, differentiate it.
+
+    Where gradients of gradients are asked for (``create_graph``), all of it stays in the graph.
+    """
     y, x, seed, *tensors = ctx.saved_tensors
     needs_y, needs_x, needs_t = ctx.needs_input_grad[:3]
     flags = needs_t if isinstance(needs_t, (list, tuple)) else [needs_t] * ctx.count
-    with torch.enable_grad():
-        y_ = None if y is None else _leaf(y, needs_y)
-        x_ = _leaf(x, needs_x)
-        leaves = [_leaf(t, f) for t, f in zip(tensors, flags, strict=True)]
+    again = torch.is_grad_enabled()
+    with torch.enable_grad(), Defined() if again else contextlib.nullcontext():
+        y_ = None if y is None else _leaf(y, needs_y, again)
+        x_ = _leaf(x, needs_x, again)
+        leaves = [_leaf(t, f, again) for t, f in zip(tensors, flags, strict=True)]
         out = reference(y_, x_, leaves, seed, ctx.key, ctx.training)
         wanted = [t for t in (y_, x_, *leaves) if t is not None and t.requires_grad]
-        found = iter(torch.autograd.grad(out, wanted, grad, allow_unused=True))
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=again, allow_unused=True))
     grads = [next(found) if t is not None and t.requires_grad else None for t in (y_, x_, *leaves)]
     return grads[0], grads[1], grads[2:], None, None, None
 
 
-def _leaf(t: Tensor, needs: bool) -> Tensor:
-    return t.detach().requires_grad_(needs and t.is_floating_point())
+def _leaf(t: Tensor, needs: bool, again: bool) -> Tensor:
+    """What the reference is differentiated by: *t* cut off, or a view of it that stays attached."""
+    if not (needs and t.is_floating_point()):
+        return t.detach()
+    return t.view_as(t) if again else t.detach().requires_grad_()
 
 
 _library.impl("site", _kernel, "CompositeExplicitAutograd")
@@ -341,28 +371,9 @@ torch.library.register_autograd(
 )
 
 
-def _vmap(
-    info: Any,
-    in_dims: tuple[Any, ...],
-    y: Tensor | None,
-    x: Tensor,
-    tensors: list[Tensor],
-    seed: Tensor | None,
-    key: str,
-    training: bool,
-) -> tuple[Tensor, int]:
-    """Batching of the activations, for kinds that treat all leading axes alike."""
-    y_dim, x_dim, tensor_dims, seed_dim, *_ = in_dims
-    if decode(key).weight.kind not in ("linear", "hf_conv1d", "embedding") or seed_dim is not None:
-        raise NotAdaptedError(f"vmap over {decode(key).weight.kind} marks or their dropout")
-    if any(d is not None for d in tensor_dims or ()) or decode(key).acts != "output":
-        raise NotAdaptedError("vmap over the tensors of an adapter")
-    assert y is not None
-    moved = [
-        t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0)
-        for t, d in ((y, y_dim), (x, x_dim))
-    ]
-    return torch.ops.peftfx.site(moved[0], moved[1], tensors, seed, key, training), 0
+def _vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
+    """Batching in a graph that another backend runs; eagerly, marks are plain torch there."""
+    return torch.vmap(_plain, in_dims, randomness=info.randomness)(*args), 0
 
 
 torch.library.register_vmap("peftfx::site", _vmap, lib=_library)

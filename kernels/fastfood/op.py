@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfx.kernels.definition import define
 from peftfx.kernels.philox import op as philox
 
 _library = torch.library.Library("peftfx", "FRAGMENT")
@@ -109,8 +110,8 @@ def _fake_backward(dv: Tensor, seed: Tensor, dimension: int) -> Tensor:
     return dv.new_empty(dimension)
 
 
-_library.impl("fastfood", fastfood, "CompositeExplicitAutograd")
-_library.impl("fastfood_backward", fastfood_backward, "CompositeExplicitAutograd")
+define(_library, "fastfood", fastfood)
+define(_library, "fastfood_backward", fastfood_backward)
 torch.library.register_fake("peftfx::fastfood", _fake, lib=_library)
 torch.library.register_fake("peftfx::fastfood_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("peftfx::fastfood", _backward, setup_context=_setup, lib=_library)

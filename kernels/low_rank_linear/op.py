@@ -21,6 +21,7 @@ from torch import Tensor
 
 import peftfx.kernels.philox.op  # the op peftfx::dropout
 from peftfx.errors import NotAdaptedError
+from peftfx.kernels.definition import define
 
 assert peftfx.kernels.philox.op
 _library = torch.library.Library("peftfx", "FRAGMENT")
@@ -187,7 +188,7 @@ DEFINITIONS: dict[str, Any] = {
     "low_rank_group_backward": low_rank_group_backward,
 }
 for _name, _definition in DEFINITIONS.items():
-    _library.impl(_name, _definition, "CompositeExplicitAutograd")
+    define(_library, _name, _definition)
 
 
 # -- fake kernels: every result is contiguous, but that of an addition, which follows y ----------

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfx.kernels.definition import define
+
 ROUNDS = 10
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -106,8 +108,8 @@ library.define(
     "uniform_like(Tensor like, Tensor seed, int site) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-library.impl("uniform_like", uniform_like, "CompositeExplicitAutograd")
+define(library, "uniform_like", uniform_like)
 torch.library.register_fake("peftfx::uniform_like", uniform_like, lib=library)
-library.impl("dropout", dropout, "CompositeExplicitAutograd")
+define(library, "dropout", dropout)
 torch.library.register_fake("peftfx::dropout", dropout, lib=library)
 torch.library.register_autograd("peftfx::dropout", _backward, setup_context=_setup, lib=library)

@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from peftfx.kernels.definition import define
+
 _library = torch.library.Library("peftfx", "FRAGMENT")
 _OPERANDS = (
     "Tensor q, Tensor k, Tensor v, Tensor pk, Tensor pv, Tensor? mask, Tensor? bias,"
@@ -182,7 +184,7 @@ def _fake_backward(
 for _name, _shapes in (
     ("prefix_attention", _fake), ("prefix_attention_backward", _fake_backward)
 ):  # fmt: skip
-    _library.impl(_name, DEFINITIONS[_name], "CompositeExplicitAutograd")
+    define(_library, _name, DEFINITIONS[_name])
     torch.library.register_fake(f"peftfx::{_name}", _shapes, lib=_library)
 
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfx.kernels.definition import define
+
 _library = torch.library.Library("peftfx", "FRAGMENT")
 SCHEMAS = {
     "sparse_add": "(Tensor y, Tensor x, Tensor values, Tensor index) -> Tensor",
@@ -93,6 +95,15 @@ def gathered(x: Tensor, values: Tensor, index: Tensor, n: int) -> Tensor:
     return out
 
 
+def gathered_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+    """``y + x·ΔWᵀ`` in one gathering that torch can transform and differentiate again."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    k, wide = x.shape[-1], y.to(dtype)
+    return wide.index_add(-1, index // k, x[..., index % k].to(dtype) * values.to(dtype)).to(
+        y.dtype
+    )
+
+
 def sampled(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     """``dYᵀ·X`` at the places of *index*, by gathering columns, a bounded number at once."""
     k, step = x.shape[1], max(CHUNK // x.shape[0], 1)
@@ -122,8 +133,8 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
     return dy, dx if mask[0] else None, dv if mask[1] else None, None
 
 
-_library.impl("sparse_add", sparse_add, "CompositeExplicitAutograd")
-_library.impl("sparse_add_backward", sparse_add_backward, "CompositeExplicitAutograd")
+define(_library, "sparse_add", sparse_add, plain=gathered_add)
+define(_library, "sparse_add_backward", sparse_add_backward)
 torch.library.register_fake("peftfx::sparse_add", _fake, lib=_library)
 torch.library.register_fake("peftfx::sparse_add_backward", _fake_backward, lib=_library)
 torch.library.register_autograd("peftfx::sparse_add", _backward, setup_context=_setup, lib=_library)
