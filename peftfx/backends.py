@@ -19,6 +19,7 @@ from peftfx import dynamo, engine, sequence
 from peftfx.bind import bind, check, prove
 from peftfx.binding import Binding, binding_of, unwrap
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
+from peftfx.install import own_all
 from peftfx.log import logger
 from peftfx.passes import JOINT, PIPELINE
 from peftfx.registry import owner_of
@@ -52,6 +53,9 @@ class Backend:
     def __repr__(self) -> str:
         return f"peftfx.backend({self.spec!r}, lower={self.lower!r})"
 
+    def __reduce__(self) -> tuple[Any, ...]:  # a compiled model is saved along with its backend
+        return Backend, (self.spec, self.lower)
+
     def bind(
         self, model: nn.Module, example: Example = None, adapter: str = "default"
     ) -> nn.Module:
@@ -81,11 +85,12 @@ class Backend:
 
     def _bound(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> tuple[nn.Module, Binding]:
         """The bound model that the graph belongs to; binds it where it is not yet."""
-        model = self._owner(gm, inputs)
+        owners = _owners(inputs)
+        model = owners[0] if owners and any(True for _ in marks(gm)) else None
         root = dynamo.root()
         if model is None and root is not None:
             model = root.module
-            for known in self._roots:  # a block compiled by itself, of a model bound as a whole
+            for known in (*self._roots, *owners):  # a block compiled by itself, of a model bound as a whole
                 if any(m is model for m in known.modules()):
                     model = known
         if model is None:
@@ -110,6 +115,8 @@ class Backend:
                     "backend.bind(model)",
                 )
             dynamo.retrace()
+        if not binding.owned:
+            own_all(model, binding)
         if self.spec is not None and all(a.spec != self.spec for a in binding.adapters.values()):
             raise BindError(
                 "the model is bound with another spec than this backend's",
@@ -125,18 +132,6 @@ class Backend:
             if prove(model, binding, _example(root)):
                 dynamo.retrace()
         return model, binding
-
-    def _owner(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> nn.Module | None:
-        """The model whose adapter tensors the graph takes as inputs."""
-        if not any(True for _ in marks(gm)):
-            return None
-        for value in inputs:
-            if isinstance(value, torch.Tensor):
-                owner = owner_of(value)
-                model = owner.model() if owner is not None else None
-                if model is not None and binding_of(model) is not None:
-                    return model
-        return None
 
     def _compile(
         self,
@@ -176,6 +171,13 @@ class Backend:
         if self.snapshots:  # a cached graph has no choices to tell of
             options = {"force_disable_caches": True, **options}
         return dynamo.compile_inductor(gm, inputs, lower, mode, options, joint)
+
+
+def _owners(inputs: Sequence[Any]) -> list[nn.Module]:
+    """The bound models whose tensors a graph takes as inputs."""
+    tensors = (value for value in inputs if isinstance(value, torch.Tensor))
+    models = (o.model() for value in tensors if (o := owner_of(value)) is not None)
+    return [m for m in models if m is not None and binding_of(m) is not None]
 
 
 def _example(root: dynamo.Root) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, mark, sequence
+from peftfx import attention, mark, sequence, states
 from peftfx.binding import (
     ATTRIBUTE,
     SURGERY,
@@ -26,21 +26,23 @@ from peftfx.binding import (
     bound,
     check_name,
     entry_of,
+    parameter,
     refuse_fixed,
     unwrap,
 )
-from peftfx.checkpoint import save
-from peftfx.errors import AdapterError, BindError, NotAdaptedError, PeftfxError, TraceError
-from peftfx.install import create, install, place_all, set_keys, uninstall, waiting
+from peftfx.distributed import is_sharded, refuse_shards, refuse_unsummed
+from peftfx.errors import BindError, NotAdaptedError, TraceError
+from peftfx.install import create, install, own_all, place_all, set_keys, uninstall, waiting
 from peftfx.log import logger
 from peftfx.methods.method import Acts
-from peftfx.plans import Plan, make_plan
-from peftfx.registry import disown
+from peftfx.plans import Placement, Plan, make_plan
+from peftfx.registry import disown, owner_of
 from peftfx.site import OUTPUT, SLOT
 from peftfx.spec import Spec
 from peftfx.trace import Trace, trace
 
 
+@torch.inference_mode(False)  # tensors that are made inside of it could never train
 def bind(
     model: nn.Module,
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
@@ -73,9 +75,7 @@ def bind(
             + (f", adapter {adapter!r} with another spec" if known else ""),
             remedy="peftfx.add(model, spec, adapter=…) adds one; peftfx.release(model) starts anew",
         )
-    for path, module in model.named_modules():
-        if ATTRIBUTE in module.__dict__:
-            raise BindError(f"its submodule {path!r} is bound already", remedy="release it first")
+    _refuse_taken(model)
     plan, traced = make_plan(model, spec, example)
     if traced is None and hasattr(model, "dummy_inputs"):
         traced = _try_trace(model)
@@ -83,19 +83,57 @@ def bind(
     binding.acts = forms(plan, traced) if traced else {}
     binding.proven = traced is not None
     values = create(model, plan, spec) if tensors is None else tensors
+    if trainable:
+        refuse_unsummed(model, (t for made in values for t in made.values()))
     _quiet_hf(model)
     if "torch.distributed.tensor" in sys.modules:  # not imported: no model of this process has any
         mark.refuse_sharded_activations()
     for p in model.parameters():
         p.requires_grad_(False)
     model.__dict__[ATTRIBUTE] = binding
-    waits = tensors is None and waiting(plan)
+    waits = waiting(plan, values) if tensors is None else ""
     binding.adapters[adapter] = Adapter(adapter, spec, plan, trainable, values, waits)
     place_all(model, binding, plan)
     install(model, binding, {adapter: 1.0})
-    _hook_states(model)
+    states.hook(model)
     model.register_forward_pre_hook(_before_root, with_kwargs=True)
     return binding
+
+
+def _refuse_taken(model: nn.Module) -> None:
+    """Raises :class:`BindError` where parts of *model* have another owner, or ours has no room."""
+    if is_sharded(model):
+        raise BindError(
+            "the model is sharded already, and what is added now is not: each process would train "
+            "its own",
+            remedy="bind first, then fully_shard(model)",
+        )
+    for path, module in model.named_modules():
+        where = f"its submodule {path!r}" if path else "the model"
+        if isinstance(module, mark.Slot):
+            raise BindError(
+                f"its submodule {path.rpartition('.')[0]!r} carries the marks of a model that is "
+                "bound, of which it is a part too",
+                remedy="release that model first, or give this one a copy of the module",
+            )
+        if ATTRIBUTE in module.__dict__:
+            raise BindError(f"{where} is bound already", remedy="release it first")
+        if SLOT in module._modules and isinstance(module._modules[SLOT], mark.Slot):
+            continue  # it comes next
+        if hasattr(module, SLOT):
+            raise BindError(
+                f"{where} has an attribute {SLOT!r} of its own, where adapters are kept",
+                remedy="rename it",
+            )
+    for name, p in model.named_parameters():
+        owner = owner_of(p)
+        other = owner.model() if owner is not None else None
+        if other is not None and other is not model:
+            raise BindError(
+                f"the parameter belongs to a {type(other).__name__} that is bound as well",
+                site=name,
+                remedy="release that model first, or give this one a copy of the parameter",
+            )
 
 
 def _before_root(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -108,38 +146,95 @@ def _before_root(module: nn.Module, args: Any, kwargs: Any) -> None:
     binding = binding_of(module)
     if binding is None:
         return
+    if not binding.owned:
+        own_all(module, binding)
     check(module, binding)
     if not binding.proven and prove(module, binding, (args, kwargs)):
         check(module, binding)
 
 
 def check(model: nn.Module, binding: Binding) -> None:
-    """Raises :class:`NotAdaptedError` where a planned mark is gone."""
+    """Raises :class:`NotAdaptedError` where the model does not run as it was planned."""
     if binding.fixed:
         return  # the graph itself is adapted
     on = binding.enabled and not binding.merged
     for name in binding.active if on else ():
-        if binding.adapters[name].waits:
-            raise NotAdaptedError(
-                f"adapter {name!r} starts from data, and has seen none",
-                remedy="call peftfx.calibrate(model, batches), or load its values",
-            )
+        waits = binding.adapters[name].waits
+        if waits:
+            raise NotAdaptedError(f"adapter {name!r} {_WAITS[waits][0]}", remedy=_WAITS[waits][1])
     for placement, _ in binding.installed:
-        if placement.method.acts == "parameter":
-            continue
-        entry = entry_of(model, placement)
-        owner = model.get_submodule(placement.site.module)
-        if not mark.armed(owner, entry.acts):
-            reason = "the hook that carried the adapter is gone"
-        elif entry.acts == "tokens" and not sequence.fed(model, entry, placement.site.around):
-            reason = "the forward that lengthened the sequence is gone"
-        elif entry.acts == "attention" and not attention.scoped(model, placement.site.around):
-            reason = "a hook on the attention or its positions is gone"
-        elif bool(entry.key) != on:
-            reason = "the adapter was switched behind peftfx's back"
-        else:
-            continue
-        raise NotAdaptedError(reason, site=placement.site.name, remedy=SURGERY)
+        reason = _amiss(model, binding, placement, on)
+        if reason is not None:
+            raise NotAdaptedError(reason, site=placement.site.name, remedy=SURGERY)
+    if on and torch.is_grad_enabled():
+        _check_frozen(model, binding)
+
+
+_WAITS = {
+    "data": (
+        "starts from data, and has seen none",
+        "call peftfx.calibrate(model, batches), or load its values",
+    ),
+    "values": (
+        "was made on the meta device, and has no values",
+        "load the base's state dict into the model, in one, or the adapter's values",
+    ),
+}
+
+
+def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | None:
+    """Why the adapter at a placement is not in force as it was planned, None where it is."""
+    try:
+        owner = model.get_submodule(p.site.module)
+    except AttributeError:
+        return "the module is gone"
+    weight = owner._parameters.get(p.site.parameter)
+    if weight is not None and weight.is_floating_point() and tuple(weight.shape) != p.site.shape:
+        return f"the parameter is {list(weight.shape)}, and was {list(p.site.shape)} when bound"
+    if p.method.acts == "parameter":
+        return _replaced(model, binding, p) if on else None
+    entry = entry_of(model, p)
+    if not mark.armed(owner, entry.acts):
+        return "the hook that carried the adapter is gone"
+    if entry.acts == "tokens" and not sequence.fed(model, entry, p.site.around):
+        return "the forward that lengthened the sequence is gone"
+    if entry.acts == "attention" and not attention.scoped(model, p.site.around):
+        return "a hook on the attention or its positions is gone"
+    if bool(entry.key) != on:
+        return "the adapter was switched behind peftfx's back"
+    return None
+
+
+def _replaced(model: nn.Module, binding: Binding, p: Placement) -> str | None:
+    """Why what is at a placement is not the parameter that the adapter trains.
+
+    ``torch.func.functional_call`` may have put another's value there.
+    """
+    home = binding.homes[p.site.module]()
+    if home is not model.get_submodule(p.site.module):
+        return "the module whose parameter is trained was replaced"
+    current = parameter(model, p.site.name)
+    if any(parameter(model, alias) is not current for alias in p.site.aliases):
+        return f"the parameter is not tied to {', '.join(p.site.aliases)} any more"
+    owner = owner_of(current)
+    if owner is None or owner.model() is not model or owner.site in (p.site.name, *p.site.aliases):
+        return None
+    return "another parameter of the model took the place of the one that is trained"
+
+
+def _check_frozen(model: nn.Module, binding: Binding) -> None:
+    trained: set[int] = set()
+    for p, _ in binding.installed:
+        own = p.method.acts == "parameter"
+        held = [parameter(model, p.site.name)] if own else entry_of(model, p).tensors().values()
+        trained |= {id(t) for t in held}
+    for name, q in model.named_parameters():
+        if q.requires_grad and id(q) not in trained:
+            raise NotAdaptedError(
+                "the plan freezes a parameter that requires a gradient",
+                site=name,
+                remedy="train it by a rule of the spec, `method: train`",
+            )
 
 
 def _try_trace(model: nn.Module) -> Trace | None:
@@ -225,6 +320,7 @@ def release(model: nn.Module) -> nn.Module:
     """
     model, binding = bound(model)
     refuse_fixed(binding)
+    refuse_shards(model, "release")
     for name, original in binding.unmerged.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = original
@@ -242,51 +338,13 @@ def release(model: nn.Module) -> nn.Module:
     for key in [k for k, f in model._forward_pre_hooks.items() if f is _before_root]:
         del model._forward_pre_hooks[key]
         model._forward_pre_hooks_with_kwargs.pop(key, None)
-    for key in [k for k, f in model._load_state_dict_pre_hooks.items() if _is(f, _keep_adapter)]:
-        del model._load_state_dict_pre_hooks[key]
-    for name in ("save_pretrained", "enable_input_require_grads"):
-        model.__dict__.pop(name, None)
+    states.unhook(model)
+    model.__dict__.pop("enable_input_require_grads", None)
     del model.__dict__[ATTRIBUTE]
     return model
 
 
-def _is(hook: Any, function: Any) -> bool:
-    return getattr(hook, "hook", hook) is function
-
-
-# -- what travels with the model -----------------------------------------------------------------
-
-
-def _hook_states(model: nn.Module) -> None:
-    """Base checkpoints load into the bound model; HF's save_pretrained saves the adapter."""
-    model.register_load_state_dict_pre_hook(_keep_adapter)
-    if hasattr(model, "save_pretrained"):
-        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
-
-
-def _keep_adapter(
-    module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any, **options: Any
-) -> None:
-    own_state = {k: v for k, v in module.state_dict().items() if SLOT in k.split(".")}
-    missing = {prefix + k: v for k, v in own_state.items() if prefix + k not in state}
-    if missing and len(missing) == len(own_state):
-        logger.warning("the state dict has no adapter: the model keeps the one that it has")
-        state.update(missing)
-
-
-def _save_pretrained(model: nn.Module, save_directory: Any, **options: Any) -> None:
-    """What ``model.save_pretrained`` does while the model is bound: it saves the adapter alone."""
-    if options.get("push_to_hub"):
-        raise PeftfxError("peftfx pushes nothing", remedy="save, then upload the directory")
-    if not options.get("is_main_process", True):
-        return
-    _, binding = bound(model)
-    if len(binding.active) != 1:
-        raise AdapterError(
-            f"{len(binding.active)} adapters are active: they cannot share a directory",
-            remedy="peftfx.save(model, directory, adapter=…) for each",
-        )
-    save(model, save_directory, adapter=next(iter(binding.active)))
+# -- HF's gradient checkpointing -------------------------------------------------------------------
 
 
 def _quiet_hf(model: nn.Module) -> None:

@@ -6,8 +6,9 @@ A :class:`Binding` hangs on the model and goes with it through ``deepcopy`` and 
 from __future__ import annotations
 
 import re
+import weakref
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -25,6 +26,8 @@ NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 SURGERY = "release the model before changing its modules, and bind it again afterwards"
 
 Tensors = dict[str, Tensor]
+# for peftfx.calibrate, or, made on the meta device, for the base's values
+Waits = Literal["", "data", "values"]
 Place = tuple[str, str]  # names of a site and of a method there
 
 
@@ -40,10 +43,14 @@ class Adapter:
     plan: Plan
     trainable: bool = True
     stored: list[Tensors] | None = None
-    waits: bool = False  # for peftfx.calibrate: what it computes means nothing yet
+    waits: Waits = ""  # what it computes means nothing yet
 
     def __post_init__(self) -> None:
-        for p, tensors in zip(self.plan, self.stored or [], strict=False):
+        self.flag(self.stored or [])
+
+    def flag(self, values: list[Tensors]) -> None:
+        """Makes those of its tensors train that are to."""
+        for p, tensors in zip(self.plan, values, strict=False):
             for name, param in p.params.items():
                 if param.trains:
                     tensors[name].requires_grad_(self.trainable)
@@ -63,8 +70,13 @@ class Binding:
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)  # originals while merged
     enabled: bool = True
     fixed: bool = False  # the graph has its adapter built in: nothing can be switched
-
     proven: bool = False
+    owned: bool = False  # the registry knows whose its tensors are, and `homes` has been filled
+    homes: dict[str, weakref.ref[nn.Module]] = field(default_factory=dict)  # of what is trained
+    arrived: bool = False  # the state dict that is being loaded has the adapter
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy's tensors are others
+        return {**self.__dict__, "owned": False, "homes": {}}
 
     def acts_of(self, placement: Placement, method: Method) -> Acts:
         """Where the mark of *method* sits at a placement."""
@@ -96,7 +108,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def binding_of(model: nn.Module) -> Binding | None:
     """The binding of *model*, None where it is not bound."""
-    return cast("Binding | None", unwrap(model).__dict__.get(ATTRIBUTE))
+    found = unwrap(model).__dict__.get(ATTRIBUTE)
+    return found if isinstance(found, Binding) else None
 
 
 def bound(model: nn.Module) -> tuple[nn.Module, Binding]:
@@ -132,9 +145,12 @@ def refuse_fixed(binding: Binding) -> None:
 def parameter(model: nn.Module, name: str) -> nn.Parameter:
     """The parameter of that qualified name, past any mark."""
     path, _, leaf = name.rpartition(".")
-    found = model.get_submodule(path)._parameters[leaf]
+    try:
+        found = model.get_submodule(path)._parameters.get(leaf)
+    except AttributeError:
+        found = None
     if found is None:
-        raise BindError("the parameter is gone", site=name)
+        raise BindError("the parameter is gone", site=name, remedy=SURGERY)
     return found
 
 

@@ -81,7 +81,7 @@ def calibrate(
                     )
                 calibration.fill(tensors)
     for name in [adapter] if adapter is not None else list(binding.active):
-        binding.adapter(name).waits = False
+        binding.adapter(name).waits = ""
     return model
 
 

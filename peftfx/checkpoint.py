@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from peftfx import files, fingerprint, peft_config, peft_format, peft_prompts
 from peftfx import tensors as tensor_files
 from peftfx.binding import Binding, Tensors, binding_of, bound, parameter, tensors_of
+from peftfx.distributed import by_one, whole
 from peftfx.errors import CheckpointError, PlanError, SpecError
-from peftfx.install import as_held, base_of, constants, create
+from peftfx.install import as_held, base_of, constants, create, fill
 from peftfx.log import logger
 from peftfx.methods.method import Param, float_dtype
 from peftfx.methods.peft_prompt import PromptForm
@@ -106,12 +107,15 @@ class Own:
 
 
 def state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
-    """The adapter's tensors by ``<site>:<method>.<tensor>``; the tensors themselves, detached."""
+    """The adapter's tensors by ``<site>:<method>.<tensor>``; the tensors themselves, detached.
+
+    Of shards, it is the whole tensors: every process has to ask.
+    """
     model, binding = bound(model)
     held = tensors_of(model, binding, adapter)
     plan = binding.adapter(adapter).plan
     return {
-        key: held[i][name].detach()
+        key: whole(held[i][name].detach())
         for i, names in enumerate(_own_keys(plan.placements))
         for name, key in names.items()
     }
@@ -126,14 +130,8 @@ def load_state_dict(
         CheckpointError: keys, shapes or values that do not fit. Nothing is changed then.
     """
     model, binding = bound(model)
-    held = tensors_of(model, binding, adapter)
     plan = binding.adapter(adapter).plan
-    found = _matched(plan, Own(), mapping, "<state dict>")
-    with torch.no_grad():
-        for into, values in zip(held, found, strict=True):
-            for name, value in values.items():
-                into[name].copy_(value)
-    binding.adapter(adapter).waits = False
+    fill(model, binding, adapter, _matched(plan, Own(), mapping, "<state dict>"))
 
 
 def _matched(plan: Plan, layout: Layout, given: Mapping[str, Tensor], where: str) -> list[Tensors]:
@@ -192,6 +190,8 @@ def save(
 ) -> None:
     """Writes an adapter to *directory*, whole or not at all.
 
+    Of a sharded model every process has to save, and the first one writes.
+
     Args:
         format: ``peft`` (refused where PEFT has no way to say it; what only made a prompt or prefix
             is left behind), ``peftfx`` (its own, lossless), or ``auto``: PEFT's where it can
@@ -203,7 +203,10 @@ def save(
     """
     model, binding = bound(model)
     made = binding.adapter(adapter)
-    held = tensors_of(model, binding, adapter)
+    held = [
+        {name: whole(tensor.detach()) for name, tensor in tensors.items()}
+        for tensors in tensors_of(model, binding, adapter)
+    ]
     spec, placements = made.spec, made.plan.placements
     config = None
     if format not in ("auto", "peft", "peftfx"):
@@ -231,7 +234,7 @@ def save(
                 remedy="the training diverged; lower the learning rate",
             )
     weights = {
-        p.site.like: fingerprint.fingerprint(base_parameter(model, binding, p.site.like))
+        p.site.like: fingerprint.fingerprint(whole(base_parameter(model, binding, p.site.like)))
         for p in made.plan
     }
     own = {"version": 1, "spec": spec.to_dict(), "fingerprint": weights}
@@ -242,7 +245,7 @@ def save(
     if config is not None:
         content[peft_format.CONFIG] = _json(config)
     stale = (OWN_WEIGHTS,) if peft else (peft_format.CONFIG, peft_format.WEIGHTS)
-    files.write_directory(directory, content, without=stale)
+    by_one(model, lambda: files.write_directory(directory, content, without=stale))
 
 
 def _file(layout: Layout, placements: Sequence[Placement], held: Sequence[Tensors]) -> Tensors:
@@ -396,7 +399,7 @@ def _check_base(
         return
     names = {p.site.like for p in plan} & set(known)
     binding = binding or Binding()
-    weights = {n: base_parameter(model, binding, n) for n in names}
+    weights = {n: whole(base_parameter(model, binding, n)) for n in sorted(names)}
     fingerprint.compare({n: known[n] for n in sorted(names)}, weights)
 
 

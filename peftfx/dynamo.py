@@ -135,6 +135,11 @@ def transforming() -> bool:
     return bool(torch._C._are_functorch_transforms_active())
 
 
+def summed(wrapper: Any) -> list[torch.Tensor]:
+    """The parameters whose gradients a DDP sums between processes."""
+    return list(getattr(wrapper, "_module_parameters", ()))
+
+
 @contextmanager
 def uncompiled(model: nn.Module) -> Iterator[None]:
     """Inside the block, modules compiled in place run as if they were not."""

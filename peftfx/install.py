@@ -5,6 +5,7 @@ Nothing here changes a graph: marks read the slots at each call.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,8 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from peftfx import attention, mark, sequence
-from peftfx.binding import Binding, Tensors, entry_of, parameter, refuse_fixed, tensors_of
-from peftfx.errors import MergeError
+from peftfx.binding import (
+    Binding,
+    Tensors,
+    Waits,
+    entry_of,
+    parameter,
+    refuse_fixed,
+    tensors_of,
+)
+from peftfx.distributed import put, refuse_shards, whole
+from peftfx.errors import BindError, MergeError
 from peftfx.methods.method import Method, Param, float_dtype
 from peftfx.methods.train import VALUE
 from peftfx.plans import Placement, Plan
@@ -40,14 +50,17 @@ def create(model: nn.Module, plan: Plan, spec: Spec) -> list[Tensors]:
                 param.init(value)
                 held[holder] = as_held(value, param)
             made[name] = held[holder]
-        p.method.start(like.detach(), made, p.site)
+        p.method.start(whole(like.detach()), made, p.site)
         values.append(made | constants(p, like.device))
     return values
 
 
-def waiting(plan: Plan) -> bool:
-    """Whether a fresh adapter of *plan* has to see data before it means anything."""
-    return any(p.method.calibration(p.site) is not None for p in plan if p.method.trains)
+def waiting(plan: Plan, values: list[Tensors]) -> Waits:
+    """What a fresh adapter of *plan*, with *values*, has to see before it means anything."""
+    if any(t.is_meta for tensors in values for t in tensors.values()):
+        return "values"
+    calibrated = (p.method.calibration(p.site) for p in plan if p.method.trains)
+    return "data" if any(c is not None for c in calibrated) else ""
 
 
 def as_held(value: Tensor, param: Param) -> Tensor:
@@ -85,6 +98,12 @@ def restore(model: nn.Module, binding: Binding, names: tuple[str, ...]) -> nn.Pa
     for name in names:
         path, _, leaf = name.rpartition(".")
         owner = model.get_submodule(path)
+        if binding.base.get(name, current).is_meta != current.is_meta:
+            raise BindError(
+                "the base's own value is not known: an adapted model's was loaded over it",
+                site=name,
+                remedy="load the base's state dict",
+            )
         original = binding.base.pop(name, None)
         if original is None:
             continue
@@ -113,6 +132,8 @@ def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) ->
         MergeError: they cannot be mixed. What was active before still is.
     """
     before = binding.active
+    if before:
+        refuse_shards(model, "another adapter is activated")
     uninstall(model, binding)
     try:
         _install(model, binding, weights)
@@ -155,12 +176,104 @@ def _install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -
                     tensors[name] = tensor.to(device)
             entry.fill(method, tensors, p.params if single else (), method.reads_at(p.site))
         binding.installed.append((p, method))
-        for tensor in tensors.values():
-            own(tensor, model, p.site.name)
     set_keys(model, binding)
+    own_all(model, binding)
+
+
+def own_all(model: nn.Module, binding: Binding) -> None:
+    """Tells the registry whose tensors these are."""
+    for p, _ in binding.installed:
+        if p.method.acts == "parameter":
+            own(parameter(model, p.site.name), model, p.site.name)
+            binding.homes[p.site.module] = weakref.ref(model.get_submodule(p.site.module))
+            continue
+        for tensor in entry_of(model, p).tensors().values():
+            own(tensor, model, p.site.name)
     for frozen in model.parameters():
         if not frozen.requires_grad and owner_of(frozen) is None:
             own(frozen, model, None)
+    binding.owned = True
+
+
+def settle(model: nn.Module, binding: Binding) -> None:
+    """Makes tensors one again that placements share, where each was given its own."""
+    held: dict[tuple[object, ...], Tensor] = {}
+    for p, _ in binding.installed:
+        if p.method.acts == "parameter":
+            current = parameter(model, p.site.name)
+            for alias in p.site.aliases:
+                path, _, leaf = alias.rpartition(".")
+                model.get_submodule(path)._parameters[leaf] = current
+            continue
+        entry = entry_of(model, p)
+        for name in set(p.params) & set(entry.names):
+            setattr(entry, name, held.setdefault(p.holder(name), getattr(entry, name)))
+    own_all(model, binding)
+
+
+@torch.no_grad()
+def begin(model: nn.Module, binding: Binding) -> None:
+    """Gives adapters that were made on the meta device their values, now that the base has its.
+
+    What a state dict brought along stays; constants are not in it, and are made again.
+    """
+    for name in binding.active:
+        adapter = binding.adapter(name)
+        if binding.arrived and adapter.waits == "data":
+            adapter.waits = ""
+        if adapter.waits != "values":
+            continue
+        if any(parameter(model, p.site.like).is_meta for p in adapter.plan):
+            continue
+        fresh = None if binding.arrived else create(model, adapter.plan, adapter.spec)
+        held = tensors_of(model, binding, name)
+        for i, p in enumerate(adapter.plan):
+            if p.method.acts == "parameter":
+                _base_follows(model, binding, p)
+                continue
+            device = parameter(model, p.site.like).device
+            values = (fresh[i] if fresh else {}) | constants(p, device)
+            entry = entry_of(model, p)
+            for leaf, value in values.items():
+                if held[i][leaf].is_meta:
+                    held[i][leaf] = value
+                else:
+                    put(held[i][leaf], value)
+            entry.fill(p.method, held[i], p.params, p.method.reads_at(p.site))
+        adapter.waits = "" if binding.arrived else waiting(adapter.plan, held)
+        adapter.flag(held)
+    own_all(model, binding)
+
+
+def _base_follows(model: nn.Module, binding: Binding, p: Placement) -> None:
+    """A base's value that was loaded where the trained one is."""
+    if binding.arrived:
+        return
+    value = parameter(model, p.site.name)
+    kept = nn.Parameter(value.detach().clone(), requires_grad=False)
+    for name in (p.site.name, *p.site.aliases):
+        if binding.base[name].is_meta:
+            binding.base[name] = kept
+
+
+def fill(model: nn.Module, binding: Binding, name: str, values: list[Tensors]) -> None:
+    """Copies *values*, one mapping for each placement, into an adapter, in place.
+
+    Raises:
+        MergeError: the adapter is merged into the weights, which would keep the values before.
+    """
+    if binding.merged and name in binding.active:
+        raise MergeError(
+            f"adapter {name!r} is merged into the weights",
+            remedy="peftfx.unmerge(model), load, and merge again",
+        )
+    with torch.no_grad():
+        for into, found in zip(tensors_of(model, binding, name), values, strict=True):
+            for leaf, value in found.items():
+                put(into[leaf], value)
+    binding.adapter(name).waits = ""
+    if name in binding.active and binding.active != {name: 1.0}:  # it is part of a sum
+        install(model, binding, dict(binding.active))
 
 
 def _key(binding: Binding, p: Placement, method: Method) -> str:
@@ -223,6 +336,8 @@ def base_of(model: nn.Module, binding: Binding) -> Iterator[None]:
     """Inside the block, *model* is its base: marks are off, trained parameters put aside."""
     taken = [p for p, _ in binding.installed if p.method.acts == "parameter"]
     taken = [p for p in taken if p.site.name not in binding.aside]
+    if taken:
+        refuse_shards(model, "what is trained in full is put aside")
     enabled, binding.enabled = binding.enabled, False
     for p in taken:
         names = (p.site.name, *p.site.aliases)

@@ -10,12 +10,14 @@ from torch import nn
 
 from peftfx.backends import Backend, compile_in_place
 from peftfx.bind import bind
-from peftfx.binding import binding_of, check_name, tensors_of, unwrap
+from peftfx.binding import binding_of, check_name, unwrap
 from peftfx.checkpoint import read
 from peftfx.errors import AdapterError
+from peftfx.install import fill
 from peftfx.operations import insert
 
 
+@torch.inference_mode(False)  # tensors that are made inside of it could never train
 def load(
     model: nn.Module,
     directory: str | os.PathLike[str],
@@ -51,9 +53,5 @@ def load(
             remedy="remove it, or load under another name",
         )
     else:
-        with torch.no_grad():
-            for into, found in zip(tensors_of(plain, binding, adapter), values, strict=True):
-                for name, value in found.items():
-                    into[name].copy_(value)
-        binding.adapters[adapter].waits = False
+        fill(plain, binding, adapter, values)
     return model

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.binding import Binding, bound, entry_of, parameter, refuse_fixed
+from peftfx.distributed import refuse_shards
 from peftfx.errors import BindError, MergeError
 from peftfx.install import set_keys
 from peftfx.methods.method import OF_BASE, Method
@@ -15,6 +16,7 @@ from peftfx.plans import Placement
 from peftfx.site import OUTPUT
 
 
+@torch.inference_mode(False)  # tensors that are made inside of it could never train
 def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     """Folds the active adapters into the weights; the model then runs without marks.
 
@@ -30,6 +32,7 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
     refuse_fixed(binding)
     if binding.merged:
         return model
+    refuse_shards(plain, "merge")
     if not binding.enabled:
         raise BindError("the adapters are off", remedy="leave `with peftfx.disabled(model)` first")
     merged: dict[str, Tensor] = {}

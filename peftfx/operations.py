@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from peftfx import attention, mark, sequence
@@ -28,6 +29,7 @@ from peftfx.binding import (
     tensors_of,
 )
 from peftfx.checkpoint import read
+from peftfx.distributed import refuse_shards, refuse_unsummed
 from peftfx.errors import AdapterError, BindError, MergeError, OptimizerError
 from peftfx.install import base_of, create, install, place_all, waiting
 from peftfx.plans import Placement, make_plan
@@ -47,6 +49,7 @@ def adapters(model: nn.Module) -> dict[str, float]:
     return {name: binding.active.get(name, 0.0) for name in binding.adapters}
 
 
+@torch.inference_mode(False)  # tensors that are made inside of it could never train
 def add(
     model: nn.Module,
     spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
@@ -73,6 +76,7 @@ def add(
     insert(model, Spec.of(spec), adapter, example, trainable=trainable, tensors=tensors)
 
 
+@torch.inference_mode(False)
 def insert(
     model: nn.Module,
     spec: Spec,
@@ -84,6 +88,7 @@ def insert(
 ) -> Adapter:
     """Adds an adapter with fresh tensors, or with *tensors* for each placement of its plan."""
     model, binding = bound(model)
+    refuse_shards(model, "an adapter is added")
     with base_of(model, binding):
         plan, traced = make_plan(model, spec, example)
         if traced is not None:
@@ -92,7 +97,8 @@ def insert(
             binding.proven = False  # new sites: the next compile proves their marks
         values = create(model, plan, spec) if tensors is None else tensors
     place_all(model, binding, plan)
-    made = Adapter(adapter, spec, plan, trainable, values, tensors is None and waiting(plan))
+    waits = waiting(plan, values) if tensors is None else ""
+    made = Adapter(adapter, spec, plan, trainable, values, waits)
     binding.adapters[adapter] = made
     return made
 
@@ -127,6 +133,7 @@ def remove(model: nn.Module, adapter: str) -> None:
     attention.tidy(model)
 
 
+@torch.inference_mode(False)
 def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
     """Makes one adapter active, or a weighted sum of several.
 
@@ -148,6 +155,9 @@ def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
     for name in weights:
         binding.adapter(name)
     if weights != binding.active or len(weights) > 1:
+        for name in weights if len(weights) == 1 else ():
+            held = tensors_of(model, binding, name)
+            refuse_unsummed(model, (t for made in held for t in made.values()))
         install(model, binding, weights)
 
 

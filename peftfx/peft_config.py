@@ -142,7 +142,7 @@ def _matched(content: Mapping[str, Any], model: nn.Module) -> list[str]:
 
 def _weights(model: nn.Module) -> dict[str, Site]:
     """The weights of a model, by module."""
-    return {s.module: s for s in sites(model) if s.parameter == "weight"}
+    return {s.module: s for s in sites(model) if s.parameter == "weight" and not s.computed}
 
 
 def _layer(name: str, pattern: Any) -> int | None:

@@ -184,12 +184,19 @@ def resolve(
         placed = []
         for site in matched:
             method = rule.method_at(site)
+            if site.computed:
+                if method.acts != "parameter" and method.accepts(site) is None:
+                    raise _computed(rule, site)
+                continue
             reason = method.accepts(site) or _partly(rule, site)
             if reason is None:
                 placed.append(Placement(site, method, number, rule.where))
             else:
                 refusals.append(Refusal(site, number, reason))
         if not placed:
+            computed = next((s for s in matched if s.computed), None)
+            if computed is not None:
+                raise _computed(rule, computed)
             first = refusals[-len(matched)]
             raise PlanError(
                 f"rule {number} ({rule.method.name}) acts nowhere: {first.reason}",
@@ -230,6 +237,21 @@ def _open_to(method: Method, site: Site) -> bool:
     if site.kind == OUTPUT:
         return OUTPUT in method.kinds
     return method.kinds != (OUTPUT,)
+
+
+def _computed(rule: Rule, site: Site) -> PlanError:
+    """A glob may pass over what a method never acts at, not over a weight that it would act at.
+
+    What trains parameters means those that the weight is made of: they are sites of their own.
+    """
+    return PlanError(
+        f"{rule.method.name} cannot act here: the {site.parameter} is computed at each call, by a "
+        "parametrization, a weight norm or a pruning",
+        where=rule.where,
+        site=site.name,
+        remedy="take that off first, or exclude the site with `except:`; what trains parameters "
+        "names those that it is made of",
+    )
 
 
 def _over(placed: list[Placement]) -> list[Placement]:

@@ -58,18 +58,43 @@ def _check(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     held = [p for group in optimizer.param_groups for p in group["params"]]
     if _checked.get(optimizer) == len(held):
         return
-    adapters: set[int] = set()
+    adapters: dict[int, list[Tensor]] = {}
+    models: dict[int, nn.Module] = {}
     frozen: set[int] = set()
     for p in held:
         owner = owner_of(p)
         model = owner.model() if owner is not None else None
-        if owner is not None and model is not None:
-            (frozen if owner.site is None else adapters).add(id(model))
-    if frozen - adapters:
+        if owner is None or model is None:
+            continue
+        if owner.site is None:
+            frozen.add(id(model))
+        else:
+            models[id(model)] = model
+            adapters.setdefault(id(model), []).append(p)
+    if frozen - set(adapters):
         raise OptimizerError(
             "this optimizer holds frozen parameters of an adapted model and none of the adapter's: "
             "nothing would train",
             remedy="bind first (backend.bind(model) or peftfx.adapt(model, spec)), then make the "
             "optimizer from peftfx.parameters(model)",
         )
-    _checked[optimizer] = len(held)
+    away = [key for key, tensors in adapters.items() if not _present(models[key], tensors)]
+    for key in away:
+        missed = any(p.requires_grad and _moves(p) for p in models[key].parameters())
+        if missed and not any(_moves(p) for p in adapters[key]):
+            raise OptimizerError(
+                "this optimizer holds the parameters of an adapter that is not active, and the "
+                "gradients are those of another: nothing would train",
+                remedy="make an optimizer for each adapter, from peftfx.parameters(model, adapter)",
+            )
+    if not away:
+        _checked[optimizer] = len(held)
+
+
+def _present(model: nn.Module, tensors: list[Tensor]) -> bool:
+    now = {id(p) for p in model.parameters()}
+    return any(id(t) in now for t in tensors)
+
+
+def _moves(p: Tensor) -> bool:
+    return p.grad is not None and bool(p.grad.any())

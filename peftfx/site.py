@@ -58,6 +58,7 @@ class Site:
     around: Mapping[str, Any] = field(default_factory=dict, compare=False)  # see peftfx.layout
     rows: Mapping[str, Rows] = field(default_factory=dict, compare=False)  # by role
     beside: str = field(default="", compare=False)  # of an output: a parameter of the sublayer
+    computed: bool = False  # no parameter: it is made of others at each call
 
     @property
     def name(self) -> str:
@@ -187,6 +188,18 @@ def sites(model: nn.Module) -> Iterator[Site]:
                 **_block_of(model, path),
                 trainable=p.requires_grad,
             )
+        for pname in _computed(module, kind):
+            at = _block_of(model, path)
+            yield Site(path, pname, kind, (), attrs=attrs_of(module, kind), computed=True, **at)
+
+
+def _computed(module: nn.Module, kind: str) -> list[str]:
+    """Weights and biases that are made of others: parametrized, weight-normed or pruned ones."""
+    if kind == "parameter":
+        return []
+    names = {*getattr(module, "parametrizations", ())}
+    names |= {n for n, value in vars(module).items() if isinstance(value, torch.Tensor)}
+    return sorted(names & {"weight", "bias"})
 
 
 def outputs(model: nn.Module, places: Iterable[tuple[str, tuple[int, int], str]]) -> Iterator[Site]:
