@@ -90,7 +90,10 @@ class Backend:
         root = dynamo.root()
         if model is None and root is not None:
             model = root.module
-            for known in (*self._roots, *owners):  # a block compiled by itself, of a model bound as a whole
+            for known in (
+                *self._roots,
+                *owners,
+            ):  # a block compiled by itself, of a model bound as a whole
                 if any(m is model for m in known.modules()):
                     model = known
         if model is None:

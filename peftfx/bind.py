@@ -32,7 +32,17 @@ from peftfx.binding import (
 )
 from peftfx.distributed import is_sharded, refuse_shards, refuse_unsummed
 from peftfx.errors import BindError, NotAdaptedError, TraceError
-from peftfx.install import create, install, own_all, place_all, set_keys, uninstall, waiting
+from peftfx.install import (
+    create,
+    exchange,
+    install,
+    own_all,
+    place_all,
+    set_keys,
+    statistics,
+    uninstall,
+    waiting,
+)
 from peftfx.log import logger
 from peftfx.methods.method import Acts
 from peftfx.plans import Placement, Plan, make_plan
@@ -79,7 +89,8 @@ def bind(
     plan, traced = make_plan(model, spec, example)
     if traced is None and hasattr(model, "dummy_inputs"):
         traced = _try_trace(model)
-    binding = Binding(flags={n: p.requires_grad for n, p in model.named_parameters()})
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    binding = Binding(flags=flags, statistics=statistics(model))
     binding.acts = forms(plan, traced) if traced else {}
     binding.proven = traced is not None
     values = create(model, plan, spec) if tensors is None else tensors
@@ -326,6 +337,7 @@ def release(model: nn.Module) -> nn.Module:
         model.get_submodule(path)._parameters[leaf] = original
     binding.unmerged.clear()
     uninstall(model, binding)
+    exchange(model, binding)
     for adapter in binding.adapters.values():
         for p in adapter.plan:
             if p.method.acts != "parameter":

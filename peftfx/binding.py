@@ -68,6 +68,7 @@ class Binding:
     installed: list[tuple[Placement, Method]] = field(default_factory=list)
     aside: dict[str, nn.Parameter] = field(default_factory=dict)  # trained values while disabled
     unmerged: dict[str, nn.Parameter] = field(default_factory=dict)  # originals while merged
+    statistics: dict[str, Tensor] = field(default_factory=dict)  # the base's, see peftfx.install
     enabled: bool = True
     fixed: bool = False  # the graph has its adapter built in: nothing can be switched
     proven: bool = False

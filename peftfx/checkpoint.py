@@ -15,12 +15,12 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from peftfx import files, fingerprint, peft_config, peft_format, peft_prompts
+from peftfx import files, fingerprint, own_format, peft_config, peft_format, peft_prompts
 from peftfx import tensors as tensor_files
 from peftfx.binding import Binding, Tensors, binding_of, bound, parameter, tensors_of
 from peftfx.distributed import by_one, whole
@@ -29,81 +29,15 @@ from peftfx.install import as_held, base_of, constants, create, fill
 from peftfx.log import logger
 from peftfx.methods.method import Param, float_dtype
 from peftfx.methods.peft_prompt import PromptForm
+from peftfx.own_format import Layout
 from peftfx.plans import Placement, Plan, make_plan
 from peftfx.spec import Spec
 
-OWN_CONFIG, OWN_WEIGHTS = "peftfx.json", "peftfx_model.safetensors"
 MAX_CONFIG = 16 * 2**20
 Format = Literal["auto", "peft", "peftfx"]
 
 
 # -- state dicts ---------------------------------------------------------------------------------
-
-
-def _own_keys(placements: Sequence[Placement]) -> list[dict[str, str]]:
-    """The key of each tensor; what placements share has that of the first."""
-    first: dict[tuple[object, ...], str] = {}
-    return [
-        {n: first.setdefault(p.holder(n), f"{p.site.name}:{p.method.name}.{n}") for n in p.params}
-        for p in placements
-    ]
-
-
-class Layout(Protocol):
-    """How the tensors of placements lie in a file."""
-
-    def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
-        """For each placement, the key of each tensor in the file, by the tensor's name."""
-        ...
-
-    def optional(self, placements: Sequence[Placement]) -> set[str]:
-        """Keys that may be missing."""
-        ...
-
-    def pack(self, placement: Placement, tensors: Tensors) -> Tensors:
-        """A placement's tensors as the file has them."""
-        ...
-
-    def unpack(self, placement: Placement, tensors: Tensors) -> Tensors:
-        """The inverse of :meth:`pack`."""
-        ...
-
-    def file_keys(self, placements: Sequence[Placement]) -> set[str]:
-        """The keys that the file has."""
-        ...
-
-    def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
-        """What the file holds, of all placements' tensors by key."""
-        ...
-
-    def part(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
-        """The inverse of :meth:`join`."""
-        ...
-
-
-class Own:
-    """peftfx's own layout: every tensor as it is."""
-
-    def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
-        return _own_keys(placements)
-
-    def optional(self, placements: Sequence[Placement]) -> set[str]:
-        return set()
-
-    def pack(self, placement: Placement, tensors: Tensors) -> Tensors:
-        return {name: tensors[name] for name in placement.params}
-
-    def unpack(self, placement: Placement, tensors: Tensors) -> Tensors:
-        return tensors
-
-    def file_keys(self, placements: Sequence[Placement]) -> set[str]:
-        return {key for names in _own_keys(placements) for key in names.values()}
-
-    def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
-        return values
-
-    def part(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
-        return values
 
 
 def state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
@@ -116,7 +50,7 @@ def state_dict(model: nn.Module, adapter: str = "default") -> dict[str, Tensor]:
     plan = binding.adapter(adapter).plan
     return {
         key: whole(held[i][name].detach())
-        for i, names in enumerate(_own_keys(plan.placements))
+        for i, names in enumerate(own_format.keys_of(plan.placements))
         for name, key in names.items()
     }
 
@@ -131,7 +65,7 @@ def load_state_dict(
     """
     model, binding = bound(model)
     plan = binding.adapter(adapter).plan
-    fill(model, binding, adapter, _matched(plan, Own(), mapping, "<state dict>"))
+    fill(model, binding, adapter, _matched(plan, own_format.Directory(), mapping, "<state dict>"))
 
 
 def _matched(plan: Plan, layout: Layout, given: Mapping[str, Tensor], where: str) -> list[Tensors]:
@@ -225,7 +159,7 @@ def save(
             config = None
     peft = config is not None
     if not peft:
-        values = _file(Own(), placements, held)
+        values = _file(own_format.Directory(), placements, held)
     for key, value in values.items():
         if not bool(torch.isfinite(value).all()):
             raise CheckpointError(
@@ -233,18 +167,25 @@ def save(
                 where=str(directory),
                 remedy="the training diverged; lower the learning rate",
             )
+    moved = [n for n, t in binding.statistics.items() if not torch.equal(t, model.get_buffer(n))]
+    if moved and binding.enabled:
+        logger.warning(
+            "%d running statistics moved in training (%s), and are no part of the adapter: a model "
+            "that it is loaded into has the base's. Keep those norms in eval() while you train",
+            len(moved), moved[0],
+        )  # fmt: skip
     weights = {
         p.site.like: fingerprint.fingerprint(whole(base_parameter(model, binding, p.site.like)))
         for p in made.plan
     }
     own = {"version": 1, "spec": spec.to_dict(), "fingerprint": weights}
     content = {
-        OWN_CONFIG: _json(own),
-        (peft_format.WEIGHTS if peft else OWN_WEIGHTS): tensor_files.to_bytes(values),
+        own_format.CONFIG: _json(own),
+        (peft_format.WEIGHTS if peft else own_format.WEIGHTS): tensor_files.to_bytes(values),
     }
     if config is not None:
         content[peft_format.CONFIG] = _json(config)
-    stale = (OWN_WEIGHTS,) if peft else (peft_format.CONFIG, peft_format.WEIGHTS)
+    stale = (own_format.WEIGHTS,) if peft else (peft_format.CONFIG, peft_format.WEIGHTS)
     by_one(model, lambda: files.write_directory(directory, content, without=stale))
 
 
@@ -324,14 +265,14 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
     """Spec, layout, weight file and fingerprints of a saved adapter."""
     if not path.is_dir():
         raise CheckpointError("there is no such directory", where=str(path))
-    own = _read_json(path / OWN_CONFIG) if (path / OWN_CONFIG).exists() else None
+    own = _read_json(path / own_format.CONFIG) if (path / own_format.CONFIG).exists() else None
     known = own.get("fingerprint") if own is not None else None
     if known is None:
         logger.info("%s has no fingerprint of its base weights: not compared", path)
     elif not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
-        raise CheckpointError("the fingerprint is malformed", where=str(path / OWN_CONFIG))
+        raise CheckpointError("the fingerprint is malformed", where=str(path / own_format.CONFIG))
     is_peft = (path / peft_format.CONFIG).exists()
-    weights = path / (peft_format.WEIGHTS if is_peft else OWN_WEIGHTS)
+    weights = path / (peft_format.WEIGHTS if is_peft else own_format.WEIGHTS)
     if not weights.exists():
         pickles = [f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
         raise CheckpointError(
@@ -356,7 +297,7 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
         ) from error
     prompts = any(isinstance(r.method.peft, PromptForm) for r in spec.rules)
     directory: Layout = peft_prompts.Directory() if prompts else peft_format.Directory()
-    return spec, (directory if is_peft else Own()), weights, known
+    return spec, (directory if is_peft else own_format.Directory()), weights, known
 
 
 def _read_json(path: Path) -> dict[str, Any]:

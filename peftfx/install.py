@@ -78,6 +78,27 @@ def constants(p: Placement, device: torch.device) -> Tensors:
     return {name: buffer.to(device) for name, buffer in p.method.buffers(p.site).items()}
 
 
+def statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the running statistics of norms, which move in training though no rule says so."""
+    norms = nn.modules.batchnorm._NormBase
+    return {
+        f"{path}.{name}" if path else name: buffer.clone()
+        for path, module in model.named_modules()
+        if isinstance(module, norms)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+@torch.no_grad()
+def exchange(model: nn.Module, binding: Binding) -> None:
+    """Exchanges the running statistics at hand with those kept in the binding."""
+    for name, kept in binding.statistics.items():
+        buffer = model.get_buffer(name)
+        now = buffer.to(kept, copy=True)
+        buffer.copy_(kept)
+        kept.copy_(now)
+
+
 def swap(model: nn.Module, binding: Binding, names: tuple[str, ...], new: nn.Parameter) -> None:
     """Puts *new* in the place of a parameter, under all the *names* given.
 
@@ -343,9 +364,13 @@ def base_of(model: nn.Module, binding: Binding) -> Iterator[None]:
         names = (p.site.name, *p.site.aliases)
         binding.aside[p.site.name] = restore(model, binding, names)
     set_keys(model, binding)
+    if enabled:
+        exchange(model, binding)
     try:
         yield
     finally:
+        if enabled:
+            exchange(model, binding)
         for p in taken:
             swap(model, binding, (p.site.name, *p.site.aliases), binding.aside.pop(p.site.name))
         binding.enabled = enabled

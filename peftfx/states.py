@@ -79,6 +79,8 @@ def _before_loading(
         state.update(slots)
         for name in trained:
             _follow(module, binding, state, prefix, name)
+        for name in binding.statistics.keys() & {k.removeprefix(prefix) for k in state}:
+            binding.statistics[name] = state[prefix + name].detach().clone()
     elif trained and not binding.arrived:
         binding.arrived = True
         logger.warning(

@@ -363,7 +363,7 @@ def register(method: type[Method]) -> type[Method]:
         raise SpecError(f"a method named {method.name!r} exists already")
     if not dataclasses.is_dataclass(method):
         raise SpecError(f"method {method.name!r} is not a dataclass")
-    taken = method.acts != "parameter" and hasattr(torch.nn.Module, method.name)
+    taken = method.acts != "parameter" and hasattr(torch.nn.Module(), method.name)
     if taken or not method.name.isidentifier():
         raise SpecError(f"{method.name!r} cannot name the module that holds a method's tensors")
     _TABLE[method.name] = method
