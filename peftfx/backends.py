@@ -16,8 +16,9 @@ import torch
 from torch import fx, nn
 
 from peftfx import dynamo, engine, sequence
-from peftfx.bind import bind, check, prove
+from peftfx.bind import bind, prove
 from peftfx.binding import Binding, binding_of, unwrap
+from peftfx.check import check
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
 from peftfx.install import own_all
 from peftfx.log import logger
