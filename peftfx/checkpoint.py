@@ -236,9 +236,15 @@ def base_parameter(model: nn.Module, binding: Binding, name: str) -> Tensor:
 
 
 def read(
-    model: nn.Module, directory: str | os.PathLike[str], example: Any = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    example: Any = None,
+    adapter: str | None = None,
 ) -> tuple[Spec, list[Tensors]]:
     """The spec of a saved adapter and its values for each placement on *model*, all checked.
+
+    Args:
+        adapter: the one that the values are for; where it has the same spec, its plan is taken.
 
     Raises:
         CheckpointError: files that are incomplete, malformed, unsafe, or do not fit the model.
@@ -248,16 +254,20 @@ def read(
     files.recover(path)
     spec, layout, weights, known = _describe(path, model)
     binding = binding_of(model)
-    try:
-        with base_of(model, binding) if binding is not None else contextlib.nullcontext():
-            plan, _ = make_plan(model, spec, example)
-    except (PlanError, SpecError) as error:
-        raise CheckpointError(
-            f"the adapter does not fit this {type(model).__name__}: {error}", where=str(path)
-        ) from error
-    values = _values(plan, layout, weights)
-    _check_base(model, binding, plan, known)
+    there = binding.adapters.get(adapter or "") if binding is not None else None
+    if there is not None and there.spec == spec:
+        values = _values(there.plan, layout, weights)
+        _check_base(model, binding, there.plan, known)
+        return spec, _on_sites(model, there.plan, spec, values)
     with base_of(model, binding) if binding is not None else contextlib.nullcontext():
+        try:
+            plan, _ = make_plan(model, spec, example)
+        except (PlanError, SpecError) as error:
+            raise CheckpointError(
+                f"the adapter does not fit this {type(model).__name__}: {error}", where=str(path)
+            ) from error
+        values = _values(plan, layout, weights)
+        _check_base(model, binding, plan, known)
         return spec, _on_sites(model, plan, spec, values)
 
 

@@ -81,18 +81,26 @@ def refuse_shards(model: nn.Module, what: str) -> None:
 
 def refuse_unsummed(model: nn.Module, trained: Iterable[Tensor]) -> None:
     """Raises :class:`BindError` where *trained* are not among what a DDP around *model* sums."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return
     trained = [t for t in trained if t.requires_grad]
-    for found in gc.get_objects() if trained else ():
+    if not (trained and dist.is_available() and dist.is_initialized()):
+        return
+    if not _unsummed(model, trained):
+        return
+    gc.collect()  # wrappers that nobody holds any more
+    if _unsummed(model, trained):
+        raise BindError(
+            "the model is in DistributedDataParallel, which sums the gradients of the parameters "
+            "that it was given: these are not among them",
+            remedy="bind and activate first, then wrap; wrap anew for another adapter",
+        )
+
+
+def _unsummed(model: nn.Module, trained: Iterable[Tensor]) -> bool:
+    for found in gc.get_objects():
         if not issubclass(type(found), DistributedDataParallel):
             continue
-        if not any(m is model for m in found.modules()):
-            continue
         summed = {id(p) for p in dynamo.summed(found)}
-        if not all(id(t) in summed for t in trained):
-            raise BindError(
-                "the model is in DistributedDataParallel, which sums the gradients of the "
-                "parameters that it was given: these are not among them",
-                remedy="bind and activate first, then wrap; wrap anew for another adapter",
-            )
+        within = any(m is model for m in found.modules())
+        if within and not all(id(t) in summed for t in trained):
+            return True
+    return False

@@ -40,7 +40,7 @@ def load(
     check_name(adapter)
     plain = unwrap(model)
     binding = binding_of(plain)
-    spec, values = read(plain, directory, example)
+    spec, values = read(plain, directory, example, adapter)
     if binding is None:
         bind(plain, spec, example, adapter, trainable=trainable, tensors=values)
         if compile and plain is model:

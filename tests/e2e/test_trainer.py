@@ -1,11 +1,8 @@
-"""Training for real: a plain loop, HF's Trainer, accumulation, resume, and two processes."""
+"""Training for real: a plain loop, HF's Trainer, accumulation, and resume."""
 
 from __future__ import annotations
 
 import copy
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -162,23 +159,3 @@ def test_best_model_comes_back(tmp_path: Path) -> None:
 def test_trainer_wants_an_adapted_model(tmp_path: Path) -> None:
     with pytest.raises(peftfx.PeftfxError, match="not adapted"):
         trainer(by_name("bert").build(), tmp_path)
-
-
-def test_two_processes_give_the_gradients_of_one(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("ddp.py")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(script), str(tmp_path), str(rank)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for process in ranks:
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, out.decode()[-2000:]
-    two = torch.load(tmp_path / "two.pt", weights_only=True)
-    one = torch.load(tmp_path / "one.pt", weights_only=True)
-    assert two.keys() == one.keys() and len(one) > 4
-    for key, grad in one.items():
-        assert torch.allclose(two[key], grad, atol=1e-6), key
