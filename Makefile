@@ -21,7 +21,7 @@ demo: setup
 	$(BIN)/python examples/demo.py
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 -m "not slow and not gpu" -p no:cacheprovider --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu" -p no:cacheprovider --durations=15
 
 test-slow: setup
 	$(BIN)/python -m pytest -q -m "slow and not gpu" -p no:cacheprovider --durations=15

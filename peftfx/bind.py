@@ -221,7 +221,7 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
     """Proves the marks of a bound model by one run on fake tensors. True if a mark was moved."""
     if is_sharded(model):
         raise BindError(
-            "nothing has proven yet that each mark fires, and a sharded model's run does not show it",
+            "no run has proven yet that each mark fires, and a sharded model's does not show it",
             remedy="pass an example when you bind; on the meta device, one of meta tensors",
         )
     binding.proven = True  # the run below passes the root's pre-hook

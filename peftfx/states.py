@@ -72,7 +72,9 @@ def _before_loading(
             remedy="peftfx.unmerge(model) or the end of `with peftfx.disabled(model)` comes first",
         )
     slots = {prefix + name: tensor for name, tensor in _in_slots(module)}
-    binding.arrived = TAG in metadata or any(name in state for name in slots)
+    # torch.distributed fills what a state dict lacks with the model's own tensors
+    others = any(name in state and state[name] is not own for name, own in slots.items())
+    binding.arrived = TAG in metadata or others
     trained = [prefix + n for n in binding.base if prefix + n in state]
     if slots and not binding.arrived:
         logger.warning("the state dict has no adapter: the model keeps the one that it has")
