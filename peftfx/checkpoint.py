@@ -348,10 +348,10 @@ def _check_base(
 ) -> None:
     if known is None:
         return
-    names = {p.site.like for p in plan} & set(known)
+    names = sorted({p.site.like for p in plan})
     binding = binding or Binding()
-    weights = {n: whole(base_parameter(model, binding, n)) for n in sorted(names)}
-    fingerprint.compare({n: known[n] for n in sorted(names)}, weights)
+    weights = {n: whole(base_parameter(model, binding, n)) for n in names}
+    fingerprint.compare({n: known.get(n, {}) for n in names}, weights)
 
 
 def _on_sites(model: nn.Module, plan: Plan, spec: Spec, values: list[Tensors]) -> list[Tensors]:

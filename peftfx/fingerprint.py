@@ -6,6 +6,7 @@ of dtype or a quantisation is told apart from other weights.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,27 +37,28 @@ def compare(stored: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tenso
     """Compares stored fingerprints with the *weights* of the model at hand, by name.
 
     Raises:
-        FingerprintError: a weight has other values or another shape.
+        FingerprintError: a weight has other values or another shape, or none was taken of it.
     """
     changed: dict[str, str] = {}
     for name, known in stored.items():
+        _check(name, known)
         weight = weights.get(name)
         if weight is None:
             raise FingerprintError("the model has no such weight", site=name)
         now = fingerprint(weight)
-        if known.get("dtype") != now["dtype"]:
-            changed[name] = f"{known.get('dtype')} -> {now['dtype']}"
+        if known["dtype"] != now["dtype"]:
+            changed[name] = f"{known['dtype']} -> {now['dtype']}"
         packed = "values" not in now
-        if not packed and list(known.get("shape", ())) != now["shape"]:
+        if not packed and known["shape"] != now["shape"]:
             raise FingerprintError(
-                f"the weight is {now['shape']}, the adapter was trained on {known.get('shape')}",
+                f"the weight is {now['shape']}, the adapter was trained on {known['shape']}",
                 site=name,
                 remedy="load it on the base model that it was trained on",
             )
         before = known.get("values")
-        if packed or not isinstance(before, list) or len(before) != SAMPLES:
+        if packed or before is None:
             continue
-        bound = max(_tolerance(str(known.get("dtype"))), _tolerance(now["dtype"]))
+        bound = max(_tolerance(known["dtype"]), _tolerance(now["dtype"]))
         largest = max(max(abs(v) for v in before), 1e-30)
         worst = max(abs(a - b) for a, b in zip(before, now["values"], strict=True))
         if worst > bound * largest:
@@ -73,5 +75,23 @@ def compare(stored: Mapping[str, Mapping[str, Any]], weights: Mapping[str, Tenso
         )  # fmt: skip
 
 
+def _check(name: str, known: Mapping[str, Any]) -> None:
+    """Raises :class:`FingerprintError` where *known*, from a file, is none that was ever taken."""
+    shape, dtype, values = known.get("shape"), known.get("dtype"), known.get("values")
+    well_formed = (
+        isinstance(shape, list)
+        and all(type(n) is int for n in shape)
+        and isinstance(dtype, str)
+        and isinstance(getattr(torch, dtype, None), torch.dtype)
+    )
+    if values is not None:
+        well_formed &= isinstance(values, list) and len(values) == SAMPLES
+        well_formed = well_formed and all(type(v) is float and math.isfinite(v) for v in values)
+    if not well_formed:
+        raise FingerprintError(
+            "the fingerprint of the base weight is missing or malformed", site=name
+        )
+
+
 def _tolerance(dtype: str) -> float:
-    return _ROUNDING.get(getattr(torch, dtype, torch.float32), 1e-6)
+    return _ROUNDING.get(getattr(torch, dtype), 1e-6)

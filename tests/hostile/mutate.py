@@ -1,4 +1,4 @@
-"""Changes to files that know their structure: JSON trees, safetensors files, lines of text, bytes."""
+"""Changes that know a file's structure: JSON trees, safetensors files, lines of text, bytes."""
 
 from __future__ import annotations
 
