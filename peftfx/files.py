@@ -135,7 +135,11 @@ def _put(fresh: Path, target: Path) -> Path | None:
     # no exchange here: between the two renames the old version is found by `recover`
     old = target.parent / f".{target.name}{_OLD}{os.getpid()}-{secrets.token_hex(4)}"
     os.rename(target, old)
-    os.rename(fresh, target)
+    try:
+        os.rename(fresh, target)
+    except OSError:
+        os.rename(old, target)
+        raise
     return old
 
 
@@ -166,10 +170,11 @@ def _rename(source: Path, target: Path, flag: int) -> None:
 
 def _sweep(target: Path) -> None:
     """Removes what killed saves of this directory left; those of living processes stay."""
-    for entry in target.parent.glob(f".{_escaped(target.name)}{_NEW}*"):
-        pid = entry.name.rpartition(_NEW)[2].partition("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(entry, ignore_errors=True)
+    for mark in (_NEW, _OLD) if target.exists() else (_NEW,):
+        for entry in target.parent.glob(f".{_escaped(target.name)}{mark}*"):
+            pid = entry.name.rpartition(mark)[2].partition("-")[0]
+            if pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(entry, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
