@@ -31,6 +31,7 @@ from peftfx.check import check
 from peftfx.distributed import is_sharded, refuse_shards, refuse_unsummed
 from peftfx.errors import BindError, TraceError
 from peftfx.install import (
+    base_of,
     create,
     exchange,
     install,
@@ -226,7 +227,8 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
         )
     binding.proven = True  # the run below passes the root's pre-hook
     try:
-        traced = trace(model, example)
+        with base_of(model, binding):  # marks may read weights themselves
+            traced = trace(model, example)
     except BaseException:
         binding.proven = False
         raise

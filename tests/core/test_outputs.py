@@ -32,7 +32,7 @@ SUBLAYERS = ("attention", "cross_attention", "mlp")
 class Bottleneck(Method):
     """``y + W2·gelu(W1·h)``, of the output itself or, beside the sublayer, of its input."""
 
-    name: ClassVar[str] = "bottleneck of a test"
+    name: ClassVar[str] = "bottleneck_of_a_test"
     kinds: ClassVar[tuple[str, ...]] = (OUTPUT,)
     baked: ClassVar[tuple[str, ...]] = ("parallel",)
     parallel: bool = option("Whether it reads the sublayer's input.", False)
