@@ -252,6 +252,12 @@ def read(
     """
     path = Path(directory)
     files.recover(path)
+    return files.read_whole(path, lambda: _read(model, path, example, adapter))
+
+
+def _read(
+    model: nn.Module, path: Path, example: Any, adapter: str | None
+) -> tuple[Spec, list[Tensors]]:
     spec, layout, weights, known = _describe(path, model)
     binding = binding_of(model)
     there = binding.adapters.get(adapter or "") if binding is not None else None
@@ -275,16 +281,21 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
     """Spec, layout, weight file and fingerprints of a saved adapter."""
     if not path.is_dir():
         raise CheckpointError("there is no such directory", where=str(path))
-    own = _read_json(path / own_format.CONFIG) if (path / own_format.CONFIG).exists() else None
+    # a link to what was not downloaded is there, and cannot be read
+    try:
+        present = set(os.listdir(path))
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    own = _read_json(path / own_format.CONFIG) if own_format.CONFIG in present else None
     known = own.get("fingerprint") if own is not None else None
     if known is None:
         logger.info("%s has no fingerprint of its base weights: not compared", path)
     elif not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
         raise CheckpointError("the fingerprint is malformed", where=str(path / own_format.CONFIG))
-    is_peft = (path / peft_format.CONFIG).exists()
+    is_peft = peft_format.CONFIG in present
     weights = path / (peft_format.WEIGHTS if is_peft else own_format.WEIGHTS)
-    if not weights.exists():
-        pickles = [f.name for f in path.iterdir() if f.suffix in (".bin", ".pt", ".pth", ".pkl")]
+    if weights.name not in present:
+        pickles = sorted(n for n in present if n.endswith((".bin", ".pt", ".pth", ".pkl")))
         raise CheckpointError(
             f"{weights.name} is missing"
             + (f"; {', '.join(pickles)} is a pickle, which could run code" if pickles else ""),
@@ -317,9 +328,11 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(items)
 
     try:
-        if path.stat().st_size > MAX_CONFIG:
+        with files.open_regular(path) as stream:
+            data = stream.read(MAX_CONFIG + 1)
+        if len(data) > MAX_CONFIG:
             raise CheckpointError(f"larger than {MAX_CONFIG} bytes", where=str(path))
-        content = json.loads(path.read_bytes(), object_pairs_hook=pairs)
+        content = json.loads(data, object_pairs_hook=pairs)
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, CheckpointError):
             raise

@@ -3,6 +3,7 @@
 A save writes a new directory beside the old one, syncs it to disk and exchanges the two in one
 step. Killed at any moment, or on a full disk, it leaves the old version or the new one, never a
 mixture. What else the directory holds (a trainer's state, a README) goes into the new one by link.
+Who reads one file after another takes :func:`read_whole`, lest a save come between the two.
 """
 
 from __future__ import annotations
@@ -13,10 +14,15 @@ import errno
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 
-from peftfx.errors import SaveError
+from peftfx.errors import CheckpointError, PeftfxError, SaveError
+
+T = TypeVar("T")
+TRIES = 16
 
 _AT_FDCWD, _NOREPLACE, _EXCHANGE = -100, 1, 2
 _NEW, _OLD = ".peftfx-new-", ".peftfx-old-"
@@ -64,6 +70,52 @@ def write_directory(
         ) from error
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """A file opened for reading. Pipes and devices are refused: reading them may never end.
+
+    Raises:
+        OSError: it cannot be opened, or is no regular file.
+    """
+    handle = os.open(
+        path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)
+    )  # a pipe has nobody to wait for
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_whole(directory: str | os.PathLike[str], read: Callable[[], T]) -> T:
+    """What *read* gives, all of one version of a directory that a save may replace meanwhile.
+
+    Raises:
+        CheckpointError: it was replaced at every try.
+    """
+    for _ in range(TRIES):
+        before = _version(directory)
+        try:
+            found = read()
+        except (PeftfxError, OSError):
+            if _version(directory) == before:
+                raise
+        else:
+            if _version(directory) == before:
+                return found
+    raise CheckpointError(
+        "saves replaced the directory again and again while it was read",
+        where=os.fspath(directory),
+        remedy="load it once the saving pauses",
+    )
+
+
+def _version(directory: str | os.PathLike[str]) -> tuple[int, int] | None:
+    try:
+        status = os.stat(directory)
+    except (OSError, ValueError):  # a path that no file can have
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def recover(directory: str | os.PathLike[str]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peftfx.errors import SpecError
+from peftfx.files import open_regular
 
 MAX_BYTES = 64 * 1024  # a spec is a page of text; some YAML scanners are quadratic in its size
 MAX_DEPTH = 16
@@ -54,7 +55,7 @@ def read(path: str | os.PathLike[str]) -> Document:
             remedy="use " + ", ".join(PARSERS),
         )
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise SpecError(

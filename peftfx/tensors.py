@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import CheckpointError
+from peftfx.files import open_regular
 
 MAX_HEADER = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -45,9 +46,15 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tu
     file = Path(path)
     where = str(file)
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
+            size = os.fstat(stream.fileno()).st_size
             start = stream.read(8)
+            if start == b"version ":
+                raise CheckpointError(
+                    "the file is git-lfs's pointer to the real one, which was not downloaded",
+                    where=where,
+                    remedy="fetch it with `git lfs pull`",
+                )
             if start[:4].startswith(_PICKLES[:2]) and not _plausible(start, size):
                 raise CheckpointError(
                     "the file is a pickle or an archive of one: it could run code",
