@@ -31,10 +31,10 @@ from peftfx.check import check
 from peftfx.distributed import is_sharded, refuse_shards, refuse_unsummed
 from peftfx.errors import BindError, TraceError
 from peftfx.install import (
-    base_of,
     create,
     exchange,
     install,
+    marks_off,
     own_all,
     place_all,
     set_keys,
@@ -227,7 +227,7 @@ def prove(model: nn.Module, binding: Binding, example: Any) -> bool:
         )
     binding.proven = True  # the run below passes the root's pre-hook
     try:
-        with base_of(model, binding):  # marks may read weights themselves
+        with marks_off(model, binding):  # they may read weights themselves
             traced = trace(model, example)
     except BaseException:
         binding.proven = False

@@ -60,6 +60,8 @@ def write_directory(
         except OSError:
             _take_back(fresh, target, old)
             raise
+        if old is not None:
+            _bring_late(old, target, {*files, *without})
     except OSError as error:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -159,6 +161,19 @@ def _keep_others(target: Path, fresh: Path, ours: set[str]) -> None:
             shutil.copytree(entry, fresh / entry.name, copy_function=_link, symlinks=True)
         else:
             _link(entry, fresh / entry.name)
+
+
+def _bring_late(old: Path, target: Path, ours: set[str]) -> None:
+    """Moves what others put into *old* after :func:`_keep_others` looked.
+
+    So does a trainer of several processes: the first one saves, and all leave their random state.
+    """
+    for entry in old.iterdir():
+        there = target / entry.name
+        if entry.name in ours or (entry.is_dir() and there.exists()):
+            continue
+        if not os.path.lexists(there) or not os.path.samestat(entry.lstat(), there.lstat()):
+            os.replace(entry, there)
 
 
 def _link(source: str | Path, destination: str | Path) -> None:

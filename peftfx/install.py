@@ -353,25 +353,39 @@ def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Meth
 
 
 @contextmanager
+def marks_off(model: nn.Module, binding: Binding) -> Iterator[None]:
+    """Inside the block, no mark does anything; what is trained in full stays."""
+    enabled, binding.enabled = binding.enabled, False
+    set_keys(model, binding)
+    try:
+        yield
+    finally:
+        binding.enabled = enabled
+        set_keys(model, binding)
+
+
+@contextmanager
 def base_of(model: nn.Module, binding: Binding) -> Iterator[None]:
     """Inside the block, *model* is its base: marks are off, trained parameters put aside."""
     taken = [p for p, _ in binding.installed if p.method.acts == "parameter"]
     taken = [p for p in taken if p.site.name not in binding.aside]
     if taken:
         refuse_shards(model, "what is trained in full is put aside")
-    enabled, binding.enabled = binding.enabled, False
-    for p in taken:
-        names = (p.site.name, *p.site.aliases)
-        binding.aside[p.site.name] = restore(model, binding, names)
-    set_keys(model, binding)
-    if enabled:
-        exchange(model, binding)
-    try:
-        yield
-    finally:
-        if enabled:
-            exchange(model, binding)
-        for p in taken:
-            swap(model, binding, (p.site.name, *p.site.aliases), binding.aside.pop(p.site.name))
-        binding.enabled = enabled
-        set_keys(model, binding)
+    enabled, put_aside = binding.enabled, []
+    with marks_off(model, binding):
+        try:
+            for p in taken:
+                names = (p.site.name, *p.site.aliases)
+                binding.aside[p.site.name] = restore(model, binding, names)
+                put_aside.append(p)
+            if enabled:
+                exchange(model, binding)
+            try:
+                yield
+            finally:
+                if enabled:
+                    exchange(model, binding)
+        finally:
+            for p in put_aside:
+                names = (p.site.name, *p.site.aliases)
+                swap(model, binding, names, binding.aside.pop(p.site.name))

@@ -136,6 +136,29 @@ def test_calls_that_find_no_room(
     assert content(target) == {**expected, "foreign": b"kept"}
 
 
+@pytest.mark.parametrize("exchange", [True, False])
+def test_what_others_write_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """Another process's files come, and are replaced, between the save's look and its exchange."""
+    target = tmp_path / "adapter"
+    files.write_directory(target, {**OLD, "state-0": b"before"})
+    put = files._put
+
+    def late(fresh: Path, into: Path) -> Path | None:
+        (into / "state-1").write_bytes(b"new")
+        (into / "other").write_bytes(b"after")
+        (into / "other").replace(into / "state-0")
+        return put(fresh, into)
+
+    monkeypatch.setattr(files, "_put", late)
+    if not exchange:
+        monkeypatch.setattr(files, "_rename", kills.no_exchange)
+    files.write_directory(target, NEW)
+    assert content(target) == {**NEW, "state-0": b"after", "state-1": b"new"}
+    assert [f.name for f in tmp_path.iterdir()] == ["adapter"]
+
+
 def test_without_an_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(source: Path, target: Path, flag: int) -> None:
         raise OSError(22, "Invalid argument")
