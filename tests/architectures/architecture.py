@@ -50,6 +50,12 @@ class Architecture:
             if any(fnmatchcase(n, g) for g in globs for n in (path, f"{path}.{leaf}"))
         ]
 
+    def rows_of(self, name: str) -> dict[str, tuple[tuple[int, int], ...]]:
+        """Which output features of a fused parameter have which role, as the table says."""
+        module = name.rpartition(".")[0]
+        found = [r for g, r in self.rows.items() if fnmatchcase(module, g) or fnmatchcase(name, g)]
+        return found[0] if found else {}
+
 
 def hf(config: str, auto: str, **values: Any) -> Callable[..., nn.Module]:
     """Builds a transformers model; what is given to the result is added to the configuration."""
