@@ -43,6 +43,7 @@ MATRIX = {
 CONVS = {"conv1d", "conv2d", "conv3d"}
 NORMS = {"layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm"}
 PICKS = {"__getitem__", "index_select"}
+CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double", "contiguous"}
 COMPUTES = MATRIX | CONVS | NORMS | {"embedding"}
 Example = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -263,14 +264,16 @@ class _Recorder(TorchFunctionMode):
                 self.stack.append((path, len(self.trace.ops)))
                 self.trace.called[path] += 1
 
-        def leave(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
+        def leave(module: nn.Module, args: Any, *given: Any) -> None:
             if id(module) in self.paths:
                 path, start = self.stack.pop()
-                x = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-                given, made = self._maker(x), self._maker(first(y))
-                if given is not None and given >= start:
-                    given = None  # it was changed in place
-                self.trace.calls.append(Call(path, start, len(self.trace.ops), given, made))
+                *named, y = given  # torch gives no keyword arguments where forward raised
+                inputs = (*args, *(v for kwargs in named for v in kwargs.values()))
+                x = next((a for a in inputs if isinstance(a, Tensor)), None)
+                source, made = self._maker(x), self._maker(first(y))
+                if source is not None and source >= start:
+                    source = None  # it was changed in place
+                self.trace.calls.append(Call(path, start, len(self.trace.ops), source, made))
 
         pre = register_module_forward_pre_hook(enter)
         post = register_module_forward_hook(leave, with_kwargs=True, always_call=True)
@@ -308,6 +311,9 @@ class _Recorder(TorchFunctionMode):
             if getattr(func, "__name__", "") != "__setitem__":
                 return out
             results = [args[0]]
+        name = getattr(func, "__name__", None) or resolve_name(func) or "?"
+        if name in CASTS and out is args[0]:
+            return out  # it was so before
         leaves, structure = tree_flatten((args, kwargs))
         leaves = [self._value(a) if isinstance(a, Tensor) else a for a in leaves]
         values = [a for a in leaves if isinstance(a, Value)]
@@ -315,7 +321,6 @@ class _Recorder(TorchFunctionMode):
         module = self.stack[-1][0] if self.stack else ""
         for parameter in read:
             self.trace.users.setdefault(parameter, set()).add(module)
-        name = getattr(func, "__name__", None) or resolve_name(func) or "?"
         self.alive += (*results, args)
         if values and not any(v.params or v.made for v in values):
             return out  # a constant, made of others

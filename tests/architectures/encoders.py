@@ -114,7 +114,7 @@ ENCODERS = (
             hidden_size=32, intermediate_size=44, num_hidden_layers=2, num_attention_heads=4,
             max_position_embeddings=64, global_attn_every_n_layers=2, local_attention=8,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2,
-            num_labels=3,
+            num_labels=3, initializer_range=0.2,
         ),
         text(),
         {

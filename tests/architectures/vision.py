@@ -66,7 +66,7 @@ VISION = (
     Architecture(
         "convnext",
         hf("ConvNextConfig", "ConvNextForImageClassification", patch_size=4, hidden_sizes=[8, 12],
-           depths=[2, 1], num_stages=2, num_labels=5),
+           depths=[2, 1], num_stages=2, num_labels=5, layer_scale_init_value=0.5),
         image(32),
         joined(
             HEAD, NORMS,
