@@ -34,6 +34,7 @@ _WHERE = {
     "parameter_groups": "operations",
     "parameters": "operations",
     "penalty": "regularization",
+    "picture": "explaining",
     "plan": "explaining",
     "release": "bind",
     "remove": "operations",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from peftfx.checkpoint import state_dict as state_dict
     from peftfx.errors import PeftfxError as PeftfxError
     from peftfx.explaining import explain as explain
+    from peftfx.explaining import picture as picture
     from peftfx.explaining import plan as plan
     from peftfx.loading import load as load
     from peftfx.merging import merge as merge

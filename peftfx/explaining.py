@@ -11,9 +11,12 @@ from torch import nn
 
 from peftfx.bind import bind, release
 from peftfx.binding import unwrap
+from peftfx.drawing import draw
 from peftfx.engine import Report
 from peftfx.plans import Plan, make_plan
+from peftfx.roles import roles
 from peftfx.spec import Spec
+from peftfx.trace import inputs_of
 
 
 def plan(
@@ -25,6 +28,30 @@ def plan(
         PlanError: the spec does not fit the model.
     """
     return make_plan(unwrap(model), spec, example)[0]
+
+
+def picture(
+    model: nn.Module,
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    example: Any = None,
+    *,
+    layer: int | None = None,
+    stack: str | None = None,
+) -> str:
+    """One layer's dataflow as SVG: its sites with their roles, and what *spec* does at them.
+
+    Args:
+        layer: its number; by default the first that the spec adapts.
+        stack: the stack that it is in, where the model has several.
+
+    Raises:
+        PlanError: the spec does not fit the model, or the model has no such layer.
+    """
+    model = unwrap(model)
+    args, kwargs = inputs_of(model, example)
+    found, traced = make_plan(model, spec, (args, kwargs))
+    assert traced is not None
+    return draw(model, found, traced, roles(traced), layer, stack)
 
 
 @dataclass(frozen=True)
@@ -57,7 +84,6 @@ def explain(
     import torch
 
     from peftfx.backends import Backend
-    from peftfx.trace import inputs_of
 
     model = unwrap(model)
     made = Backend(Spec.of(spec), lower)  # type: ignore[arg-type]

@@ -14,6 +14,7 @@ from rich.table import Table
 from peftfx.cli import app, console, sizes
 from peftfx.errors import SpecError
 from peftfx.explaining import explain as explain_model
+from peftfx.explaining import picture as draw_model
 from peftfx.explaining import plan as plan_model
 from peftfx.methods.method import lookup, names
 from peftfx.schema import schema as spec_schema
@@ -53,9 +54,23 @@ def plan(spec: SpecFile, model: Model, auto: Auto = "AutoModel", as_json: AsJson
 
 
 @app.command()
-def explain(spec: SpecFile, model: Model, auto: Auto = "AutoModel") -> None:
+def explain(
+    spec: SpecFile,
+    model: Model,
+    auto: Auto = "AutoModel",
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw a layer into this SVG file instead.")
+    ] = None,
+    layer: Annotated[int | None, typer.Option("--layer", help="The layer to draw.")] = None,
+    stack: Annotated[str | None, typer.Option("--stack", help="The stack it is in.")] = None,
+) -> None:
     """Compile the model once and show the graph after the passes, and what computes each op."""
-    print(explain_model(build(model, auto), spec))
+    built = build(model, auto)
+    if picture is None:
+        print(explain_model(built, spec))
+        return
+    print(plan_model(built, spec))
+    picture.write_text(draw_model(built, spec, layer=layer, stack=stack), encoding="utf-8")
 
 
 @app.command()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +12,7 @@ from peftfx.roles import roles
 from peftfx.select import ROLES
 from peftfx.site import sites
 from peftfx.trace import trace
-from tests.architectures import ARCHITECTURES, Architecture
+from tests.architectures import ARCHITECTURES, FAMILIES, Architecture
 from tests.e2e.test_architectures import example_of
 
 ALL = pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
@@ -68,3 +70,10 @@ def test_layers_are_numbered_as_they_run(arch: Architecture) -> None:
                 seen[outer].append(layer[op.module])
     for numbers in seen.values():
         assert numbers == sorted(numbers)
+
+
+def test_readme_lists_the_table() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    listed = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    names = {family: ", ".join(map(str, rows)) for family, rows in FAMILIES.items()}
+    assert {family: listed.get(family) for family in FAMILIES} == names

@@ -57,6 +57,9 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
     assert len(plan["placements"]) == 6 and plan["trainable"] > 0
     assert "attention.query" in run("plan", spec, "-m", base, *auto)
     assert "6 placements" in run("check", spec, "-m", base, *auto)
+    picture = tmp_path / "layer.svg"
+    assert "6 placements" in run("explain", spec, "-m", base, *auto, "--picture", picture)
+    assert "attention.query" in picture.read_text()
     text = run("explain", spec, "-m", base, *auto)
     assert "low_rank_linear" in text and "accumulate" in text
     spec.write_text(SPEC.replace("rank", "rnk"))

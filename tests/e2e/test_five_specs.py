@@ -153,7 +153,7 @@ def test_acts_saves_and_merges(arch: Architecture, name: str, tmp_path: Path) ->
     base = arch.build().requires_grad_(False)
     expected_places = places(arch, base, rule)
     if not expected_places:  # no attention, no feed-forward, no norm, or fused and not to be cut
-        with pytest.raises(PlanError, match="no site has the role|one weight computes"):
+        with pytest.raises(PlanError, match=r"no site has the role|one weight computes"):
             peftfx.plan(base, {"rules": [rule]}, example_of(arch))
         return
     model, _ = adapted(arch, base, [rule])

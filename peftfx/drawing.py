@@ -21,7 +21,7 @@ _NAMES = {"scaled_dot_product_attention": "attention", "flex_attention": "attent
           "multi_head_attention_forward": "attention"}  # fmt: skip
 
 
-def picture(
+def draw(
     model: nn.Module,
     plan: Plan,
     trace: Trace,
@@ -140,9 +140,9 @@ class _Drawer:
             name = "×"
         inner = op.module.removeprefix(self.call.path).strip(".")
         lines = [inner] if op.params or told else []
-        shapes = [self.flow.trace.shapes[n] for n in self.flow.owned(op.index)]
+        shapes = sorted((self.flow.trace.shapes[n] for n in self.flow.owned(op.index)), key=len)
         if shapes:
-            lines.append("×".join(map(str, max(shapes, key=len))))
+            lines.append("×".join(map(str, shapes[-1])))
         acting = [p for p in self.plan if p.site.name in op.params or
                   set(p.site.aliases) & set(op.params)]  # fmt: skip
         note = tuple(dict.fromkeys(f"{p.method.name} (rule {p.rule})" for p in acting))
