@@ -49,7 +49,7 @@ def test_fused_and_gated() -> None:
     found = boxes_of(text)
     parts = ("attention.query", "attention.key", "attention.value")
     assert ("", *parts, "self_attn.qkv_proj", "64×32") in found
-    assert ("", "mlp.gate", "mlp.up", "mlp.gate_up_proj", "88×32") in found
+    assert ("", "mlp.up", "mlp.gate", "mlp.gate_up_proj", "88×32") in found
 
 
 def test_a_model_without_layers_is_drawn_whole() -> None:

@@ -7,22 +7,32 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from peftfx.errors import PlanError, RoleError
+from peftfx.plans import make_plan
 from peftfx.roles import roles
 from peftfx.select import ROLES
 from peftfx.site import sites
-from peftfx.trace import trace
-from tests.architectures import ARCHITECTURES, FAMILIES, Architecture
+from peftfx.trace import Trace, trace
+from tests.architectures import ARCHITECTURES, FAMILIES, Architecture, by_name
 from tests.e2e.test_architectures import example_of
 
 ALL = pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
-WRITTEN = [(a, how) for a in ARCHITECTURES for how in a.attention]
+FLEX = ("llama", "bert", "bart", "vit")  # in the default suite
+WRITTEN = [
+    pytest.param(a, how, marks=[pytest.mark.slow] if how != "eager" and a.name not in FLEX else [])
+    for a in ARCHITECTURES for how in a.attention
+]  # fmt: skip
 
 
 def check(arch: Architecture, **more: object) -> None:
     """Whether the roles that are found are those of the table: none is missing, none is extra."""
     model = arch.build(**more)
-    told = roles(trace(model, example_of(arch)))
+    traced = trace(model, example_of(arch))
+    told = roles(traced)
+    check_layers(model, traced)
     found = {r: {n for n, names in told.found.items() if r in names} for r in ROLES}
     expected = {r: set(arch.having(model, r)) for r in ROLES}
     assert found == expected
@@ -41,6 +51,19 @@ def check(arch: Architecture, **more: object) -> None:
     assert told.stacks == arch.stacks
 
 
+def check_layers(model: nn.Module, traced: Trace) -> None:
+    """Whether the layers of each list are numbered in the order that they run in."""
+    layer = {s.module: s.layer for s in sites(model)}
+    seen: dict[str, list[int]] = {}
+    for op in traced.ops.values():
+        number = layer.get(op.module)
+        if number is not None and op.params:
+            outer = op.module[: op.module.index(f".{number}.")]
+            seen.setdefault(outer, []).append(number)
+    for numbers in seen.values():
+        assert numbers == sorted(numbers)
+
+
 @ALL
 def test_as_the_table_says(arch: Architecture) -> None:
     check(arch)
@@ -57,23 +80,50 @@ def test_however_experts_are_run(name: str, how: str) -> None:
     check(next(a for a in ARCHITECTURES if a.name == name), experts_implementation=how)
 
 
-@ALL
-def test_layers_are_numbered_as_they_run(arch: Architecture) -> None:
-    model = arch.build()
-    traced = trace(model, example_of(arch))
-    layer = {s.module: s.layer for s in sites(model)}
-    seen: dict[str, list[int]] = {}
-    for op in traced.ops.values():
-        if layer.get(op.module) is not None and op.params:
-            outer = op.module[: op.module.index(f".{layer[op.module]}.")]
-            if seen.setdefault(outer, [])[-1:] != [layer[op.module]]:
-                seen[outer].append(layer[op.module])
-    for numbers in seen.values():
-        assert numbers == sorted(numbers)
-
-
 def test_readme_lists_the_table() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text()
     listed = dict(re.findall(r"^\| (.+?) \| (.+) \|$", text, re.MULTILINE))
     names = {family: ", ".join(map(str, rows)) for family, rows in FAMILIES.items()}
     assert {family: listed.get(family) for family in FAMILIES} == names
+
+
+class Product(nn.Module):
+    """Attention whose queries are a product of two linears', and a linear with no residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.k = (nn.Linear(8, 8) for _ in range(3))
+        self.up, self.down = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.a(x) * self.b(x), self.k(x)
+        y = nn.functional.scaled_dot_product_attention(q, k, k)
+        return self.down(nn.functional.gelu(self.up(y)))
+
+
+@pytest.mark.parametrize(
+    "role, reason",
+    [
+        ("attention.query", "its query is made of several weights"),
+        ("attention", "its query is made of several weights"),
+        ("mlp.up", "up.weight (an activation follows, but there is no residual)"),
+        ("router", "the model shows head"),
+    ],
+)
+def test_what_is_not_told_is_refused_with_the_nearest(role: str, reason: str) -> None:
+    rule = {"method": "lora", "role": role}
+    with pytest.raises(RoleError) as caught:
+        make_plan(Product(), {"rules": [rule]}, (torch.randn(2, 5, 8),))
+    assert reason in str(caught.value)
+
+
+def test_a_stack_of_a_model_that_has_one_is_refused() -> None:
+    rule = {"method": "lora", "role": "mlp", "stack": "decoder"}
+    with pytest.raises(PlanError, match="one stack of layers alone"):
+        make_plan(by_name("llama").build(), {"rules": [rule]})
+
+
+def test_a_stack_is_chosen() -> None:
+    rule = {"method": "lora", "role": "attention.query", "stack": "decoder", "layers": "last 1"}
+    plan, _ = make_plan(by_name("bart").build(), {"rules": [rule]})
+    assert [p.site.module for p in plan] == ["model.decoder.layers.1.self_attn.q_proj"]
