@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from benchmarks.models import Sites, drawn
 from benchmarks.registry import Row, Setting
 from benchmarks.variants import Adapter, Variant, same_start, variant
-from benchmarks.verify import dropped, gate
+from benchmarks.verify import dropped, gate, usual
 from peftfx.kernels.low_rank_linear.configs import Shape
 from peftfx.kernels.timing import Run
 from peftfx.passes.claims.cost import Call, least
@@ -55,12 +55,17 @@ class Stand:
             dys = [torch.randn_like(y) for y in outputs(Variant(base, []), x)]
         return cls(setting, dtype, adapter, base, x.requires_grad_(), dys, variants, missing)
 
-    def gate(self, bound: float | None = None) -> dict[str, float]:
-        """How far variants are from plain products in fp64, gradients included."""
+    def gate(self) -> dict[str, float]:
+        """How far variants are from plain products in fp64, gradients included.
+
+        They may be off by twice what plain products in their own dtype are.
+        """
         given = {name: one for name, one in self.variants.items() if one.factors}
-        plain, p = self.plain(), self.adapter.dropout
-        expected = self.both(plain, torch.float64)
+        expected = self.both(self.plain(torch.float64), torch.float64)
+        p = self.adapter.dropout
         if not p:
+            narrow = self.both(self.plain(self.dtype))
+            bound = max(usual(narrow), 2 * gate("plain torch", narrow, expected, bound=0.5))
             return {name: gate(name, self.both(v), expected, bound) for name, v in given.items()}
         # masks differ: what can be seen is whether there is as much noise as there should be
         base = copy.deepcopy(self.base).double()
@@ -69,9 +74,9 @@ class Stand:
             n: dropped(n, outputs(v, self.x)[0], expected[0], update, p) for n, v in given.items()
         }
 
-    def plain(self) -> Variant:
-        """The products written out in fp64, without dropout, with the variants' factors."""
-        base = copy.deepcopy(self.base).double()
+    def plain(self, dtype: torch.dtype) -> Variant:
+        """The products written out, in *dtype*, without dropout, with the variants' factors."""
+        base = copy.deepcopy(self.base).to(dtype)
         made = variant("plain torch", base, replace(self.adapter, dropout=0.0), self.setting)
         like = next(v for v in self.variants.values() if v.factors)
         with torch.no_grad():
@@ -87,19 +92,16 @@ class Stand:
         ys = outputs(one, x)
         return [*ys, *torch.autograd.grad(ys, [x, *one.factors], dys)]
 
-    def rows(
-        self, case: str, bound: float | None = None, ways: Mapping[str, bool] = WAYS
-    ) -> list[Row]:
+    def rows(self, case: str) -> list[Row]:
         """The gate, and then a row for each way."""
-        errors, found = self.gate(bound), []
-        for way, backward in ways.items():
+        errors, found = self.gate(), []
+        for way, backward in WAYS.items():
             run = self.both if backward else functools.partial(outputs, x=self.x)
             runs: dict[str, Run] = {n: functools.partial(run, v) for n, v in self.variants.items()}
             values, spread = self.setting.measure(runs, capture=False)
             row = Row(case, values, way, errors=errors, spread=spread, missing=self.missing)
             row.work = work(self.base, self.x, self.adapter.rank, backward)
-            floor = self.setting.floor(row.work["flops"], row.work["bytes"], self.dtype)
-            row.least = {} if floor is None else {"peftfx": floor}
+            row.least = self.setting.floor(row.work["flops"], row.work["bytes"], self.dtype)
             row.megabytes = peaks(runs) if self.setting.gpu else {}
             found.append(row)
         return found

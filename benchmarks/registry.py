@@ -29,7 +29,7 @@ class Row:
         over: the variant that the others are divided by.
         errors: how far each variant's results are from the reference's, from the gate.
         spread: (80th - 20th percentile) / median, of each variant.
-        least: what the roofline allows, in ``unit``, by the rates measured on the device.
+        least: what the roofline allows a form of the op, in ``unit``, by the device's own rates.
         work: floating-point operations and bytes that no form can go below.
         megabytes: what each variant takes at its peak, beside what lay there before the run.
         chosen: the variant that the lowering takes.
@@ -43,7 +43,7 @@ class Row:
     over: str | None = "frozen"
     errors: dict[str, float] = field(default_factory=dict)
     spread: dict[str, float] = field(default_factory=dict)
-    least: dict[str, float] = field(default_factory=dict)
+    least: float | None = None
     work: dict[str, float] = field(default_factory=dict)
     megabytes: dict[str, float] = field(default_factory=dict)
     chosen: str = ""

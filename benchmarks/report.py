@@ -77,7 +77,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     """A line for each case and way: the number, over what it is divided by where there is that."""
     names = list(dict.fromkeys(n for row in rows for n in row.values))
     extra = [
-        ("roofline", any(r.least for r in rows)),
+        ("roofline", any(r.least is not None for r in rows)),
         ("MB", any(r.megabytes for r in rows)),
         ("chosen", any(r.chosen for r in rows)),
         ("worst error", any(r.errors for r in rows)),
@@ -87,7 +87,7 @@ def table(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         cells = [f"{row.case}, {row.unit}", row.way, *(cell(row, name) for name in names)]
         if extra[0][1]:
-            cells.append(", ".join(number(v) for v in row.least.values()))
+            cells.append("" if row.least is None else number(row.least))
         if extra[1][1]:
             cells.append(", ".join(f"{n} {v:.0f}" for n, v in row.megabytes.items()))
         if extra[2][1]:

@@ -71,7 +71,7 @@ def _written(row: Row) -> dict[str, Any]:
     for key, value in dataclasses.asdict(row).items():
         if isinstance(value, dict):
             value = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in value.items()}
-        if value not in ({}, ""):
+        if value not in ({}, "") and (value is not None or key != "least"):
             found[key] = value
     return found
 

@@ -21,22 +21,25 @@ def gate(
     """The largest distance of a result from the reference's, ‖got - ref‖ / ‖ref‖.
 
     Args:
-        bound: what is allowed; else what the narrowest dtype among the results makes of it.
+        bound: what is allowed; else :func:`usual`.
 
     Raises:
         Mismatch: it is above the bound, or not a number.
     """
-    if bound is None:
-        narrow = min((t.dtype for t in got), key=lambda dtype: torch.finfo(dtype).bits)
-        cut = narrow == torch.float32 and torch.get_float32_matmul_precision() != "highest"
-        bound = TF32 if cut else BOUND[narrow]
-    worst = 0.0
+    bound, worst = usual(got) if bound is None else bound, 0.0
     for number, (one, other) in enumerate(zip(got, expected, strict=True)):
         off = distance(one, other)
         if not off < bound:
             raise Mismatch(f"{variant}: result {number} is off by {off:.2g}, above {bound:g}")
         worst = max(worst, off)
     return worst
+
+
+def usual(got: Sequence[Tensor]) -> float:
+    """What the narrowest dtype among results of one product makes of them."""
+    narrow = min((t.dtype for t in got), key=lambda dtype: torch.finfo(dtype).bits)
+    cut = narrow == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return TF32 if cut else BOUND[narrow]
 
 
 def dropped(variant: str, y: Tensor, without: Tensor, update: Tensor, p: float) -> float:

@@ -60,8 +60,7 @@ def _calls(setting: Setting, case: str, sizes: Sizes, dtype: torch.dtype) -> lis
         price = least(Call.of(op, args))
         row = Row(case, times, way, errors=errors, spread=spread, chosen=chosen)
         row.work = {"flops": price.flops, "bytes": price.bytes}
-        floor = setting.floor(price.flops, price.bytes, dtype)
-        row.least = {} if floor is None else {"any form": floor}
+        row.least = setting.floor(price.flops, price.bytes, dtype)
         if describe(setting.device) is None:
             row.missing = dict.fromkeys(("triton", "opaque"), "no GPU that has kernels")
         found.append(row)

@@ -34,4 +34,4 @@ def _layer(setting: Setting, case: str, batch: int) -> list[Row]:
         setting, setting.half[0], lambda: Layer(sizes, length), (batch, length, sizes.hidden),
         Adapter(rank), ALL,
     )  # fmt: skip
-    return stand.rows(case, bound=5e-2)
+    return stand.rows(case)

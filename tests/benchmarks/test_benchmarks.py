@@ -151,7 +151,7 @@ def test_the_picture(tmp_path: Path) -> None:
 
 def test_tables_have_ratios(tmp_path: Path) -> None:
     row = Row(
-        "a", {"frozen": 2.0, "peftfx": 2.1}, "forward", least={"peftfx": 1.0},
+        "a", {"frozen": 2.0, "peftfx": 2.1}, "forward", least=1.0,
         megabytes={"peftfx": 12.3}, errors={"peftfx": 1e-3}, missing={"peft": "not installed"},
     )  # fmt: skip
     lines = report.section(part("linear"), {"commit": "abc", "python": "3"}, [row])
