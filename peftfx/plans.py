@@ -138,8 +138,7 @@ def make_plan(
     """The plan of *spec*, and the trace of the model where roles or an example called for one."""
     spec = Spec.of(spec)
     selectors = [s for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))]
-    needed = any(s.role or s.stack for s in selectors)
-    needed |= any(OUTPUT in r.method.kinds for r in spec.rules)
+    needed = any(s.role or s.stack or OUTPUT in s.kind for s in selectors)
     placed = any(r.method.acts in ("tokens", "attention") for r in spec.rules)
     traced = trace(model, example) if needed or placed or example is not None else None
     if traced is None:
@@ -170,15 +169,17 @@ def resolve(
     refusals: list[Refusal] = []
     for number, rule in enumerate(spec.rules):
         acts = rule.method.acts
-        within = [s for s in known if _open_to(rule.method, s)]
+        within = [s for s in known if _open_to(rule, s)]
         if places and acts in ("tokens", "attention"):
             within = places.sites(within, acts)
-        if not within:
+        if not within and acts in SOUGHT:
             raise PlanError(
                 f"{rule.method.name} acts {SOUGHT[acts]}, and the model's run shows none",
                 where=rule.where,
             )
         matched = [s for s in within if rule.selector.matches(s, rule.method, s.layers or 0)]
+        outer = {s.module for s in matched if s.kind == OUTPUT}
+        matched = [s for s in matched if s.kind == OUTPUT or s.module not in outer]
         if not matched:
             raise _nothing(rule, within, roles)
         placed = []
@@ -232,11 +233,16 @@ def _outputs(model: nn.Module, roles: Roles) -> Iterator[Site]:
         yield replace(site, roles=told, stack=roles.stack(site.module))
 
 
-def _open_to(method: Method, site: Site) -> bool:
-    """Whether rules of *method* mean such sites: outputs are for methods made for them."""
+def _open_to(rule: Rule, site: Site) -> bool:
+    """Whether a rule means sites such as this.
+
+    Outputs are for methods made for them, asked for by role or kind. To these ``mlp`` means what
+    the sublayer gives, not what each of its linears does.
+    """
+    kinds, asked = rule.method.kinds, rule.selector.role
     if site.kind == OUTPUT:
-        return OUTPUT in method.kinds
-    return method.kinds != (OUTPUT,)
+        return OUTPUT in kinds and (bool(asked) or OUTPUT in rule.selector.kind)
+    return OUTPUT not in kinds or not asked or bool(site.roles & {*asked})
 
 
 def _computed(rule: Rule, site: Site) -> PlanError:

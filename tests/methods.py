@@ -112,6 +112,14 @@ ROWS: tuple[Row, ...] = (
     Row("sparse columns", "sparse", {"density": 0.3, "structure": "column", "mask": "magnitude"}),
     Row("sparse learned", "sparse", {"density": 0.5, "budget": 0.2}),
     Row("said", "said", {"dimension": 5}),
+    Row("bottleneck", "bottleneck", {"size": 5}, merges=False),
+    Row("bottleneck beside", "bottleneck", {"size": 3, "parallel": True, "activation": "silu",
+                                            "learned_scale": True}, merges=False),
+    Row("bottleneck gated", "bottleneck", {"reduction": 2.0, "gate": "token", "norm": True},
+        merges=False, mixes=False),
+    Row("bottleneck sparse", "bottleneck", {"size": 5, "density": 0.4, "init": "small",
+                                            "mask": "magnitude"}, merges=False, start=1e-2),
+    Row("compacter", "compacter", {"size": 3, "n": 3}, merges=False),
     Row("bitfit", "bitfit"),
     Row("train", "train", name="head"),
 )  # fmt: skip
@@ -126,6 +134,12 @@ def start_of(spec: Any) -> float:
         if row.id == "train"
         or (row.method == rule["method"] and all(rule.get(k) == v for k, v in row.options.items()))
     )
+
+
+def merges(spec: Any) -> bool:
+    """Whether all methods of a spec can be merged."""
+    never = {row.method for row in ROWS if not row.merges}
+    return all(rule["method"] not in never for rule in spec["rules"])
 
 
 BY_ID = {row.id: row for row in ROWS}

@@ -347,6 +347,8 @@ _TABLE: dict[str, str | type[Method]] = {
     "tokens": "peftfx.methods.tokens:Tokens",
     "sparse": "peftfx.methods.sparse:Sparse",
     "said": "peftfx.methods.said:Said",
+    "bottleneck": "peftfx.methods.bottleneck:Bottleneck",
+    "compacter": "peftfx.methods.compacter:Compacter",
     "bitfit": "peftfx.methods.bitfit:BitFit",
     "train": "peftfx.methods.train:Train",
     "freeze": "peftfx.methods.freeze:Freeze",

@@ -171,7 +171,29 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@EVERY
+@pytest.mark.parametrize("row", [r for r in ROWS if not r.merges], ids=str)
+def test_mixes_without_weights_to_sum(row: Row) -> None:
+    """Two adapters at one linear add up there."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(4, 6)
+    peftfx.adapt(model, {"rules": [row.rule()]}, (x,), lower="eager")
+    with peftfx.disabled(model):
+        base = model(x)
+    shake(row, model, 1)
+    first = model(x)
+    peftfx.add(model, {"rules": [row.rule()]}, "b", (x,))
+    peftfx.activate(model, "b")
+    shake(row, model, 2)
+    second = model(x)
+    if not row.mixes:
+        with pytest.raises(MergeError):
+            peftfx.activate(model, {"default": 0.7, "b": -0.4})
+        return
+    peftfx.activate(model, {"default": 0.7, "b": -0.4})
+    assert relative(model(x), base + 0.7 * (first - base) - 0.4 * (second - base)) < 1e-5
+
+
+@pytest.mark.parametrize("row", [r for r in ROWS if r.merges], ids=str)
 def test_mixes_are_sums_of_updates(row: Row) -> None:
     base, model, _ = made(row, "eager")
     shake(row, model, 1)
