@@ -26,6 +26,7 @@ _WHERE = {
     "calibrate": "calibration",
     "disabled": "operations",
     "explain": "explaining",
+    "fuse": "fusing",
     "is_adapted": "operations",
     "load": "loading",
     "load_state_dict": "checkpoint",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from peftfx.explaining import explain as explain
     from peftfx.explaining import picture as picture
     from peftfx.explaining import plan as plan
+    from peftfx.fusing import fuse as fuse
     from peftfx.loading import load as load
     from peftfx.merging import merge as merge
     from peftfx.merging import unmerge as unmerge

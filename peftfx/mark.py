@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx import attention, dynamo
-from peftfx.errors import NotAdaptedError
+from peftfx.errors import NotAdaptedError, PlanError
 from peftfx.kernels.definition import Defined
 from peftfx.methods.method import OF_BASE, Acts, Method, decode
 from peftfx.sequence import State
@@ -62,6 +62,13 @@ class Entry(nn.Module):
         for name in self.names:
             delattr(self, name)
         for name, tensor in tensors.items():
+            if hasattr(self, name):
+                raise PlanError(
+                    f"a tensor of {method.name} is named {name!r}, and marks have that for "
+                    "themselves",
+                    site=self.site,
+                    remedy="give it another name in the method's `params`",
+                )
             if isinstance(tensor, nn.Parameter):
                 self.register_parameter(name, tensor)
             else:

@@ -120,6 +120,7 @@ ROWS: tuple[Row, ...] = (
     Row("bottleneck sparse", "bottleneck", {"size": 5, "density": 0.4, "init": "small",
                                             "mask": "magnitude"}, merges=False, start=1e-2),
     Row("compacter", "compacter", {"size": 3, "n": 3}, merges=False),
+    Row("fusion", "fusion", {"sizes": [2, 3]}, merges=False, mixes=False),
     Row("bitfit", "bitfit"),
     Row("train", "train", name="head"),
 )  # fmt: skip

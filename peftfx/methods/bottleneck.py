@@ -188,21 +188,16 @@ class Bottleneck(Method):
         self, parts: Sequence[tuple[float, Method, Tensors]], site: Site
     ) -> tuple[Method, dict[str, Tensor]]:
         """One adapter as wide as all: ``Σ wᵢ sᵢ Uᵢ f(Dᵢ h) = [w₁s₁U₁ …]·f([D₁; …] h)``."""
-        found: list[tuple[Tensor, ...]] = []
-        for weight, m, p in parts:
+        for _, m, _ in parts:
             assert isinstance(m, Bottleneck)
             if m.gate or m.norm or (m.activation, m.parallel) != (self.activation, self.parallel):
                 raise MergeError(
                     "adapters with gates or norms, or of several kinds, cannot be mixed",
                     site=site.name,
                 )
-            factor, (down, up) = weight * p["scale"], m.weights(p)
-            found.append((down, up * factor, p["down_bias"], p["up_bias"] * factor))
-        downs, ups, biases, sums = zip(*found, strict=True)
-        tensors = {
-            "down": torch.cat(downs), "up": torch.cat(ups, 1), "down_bias": torch.cat(biases),
-            "up_bias": torch.stack(sums).sum(0), "scale": torch.ones_like(parts[0][2]["scale"]),
-        }  # fmt: skip
+        tensors = joined(parts)
+        tensors["up_bias"] = tensors["up_bias"].sum(0)
+        tensors["scale"] = torch.ones_like(parts[0][2]["scale"])
         alone = Bottleneck(
             size=len(tensors["down"]), activation=self.activation, parallel=self.parallel
         )
@@ -219,6 +214,20 @@ class Bottleneck(Method):
         out = int(torch.randint(self.drop + 1, (), generator=generator))
         for site, p in sites:
             p["on"].fill_(float((site.layer or 0) >= out))
+
+
+def joined(parts: Sequence[tuple[float, Method, Tensors]]) -> dict[str, Tensor]:
+    """Weighted adapters side by side: as one, but for a row of ``up_bias`` for each."""
+    found: list[tuple[Tensor, ...]] = []
+    for weight, m, p in parts:
+        assert isinstance(m, Bottleneck)
+        factor, (down, up) = weight * p["scale"], m.weights(p)
+        found.append((down, up * factor, p["down_bias"], p["up_bias"] * factor))
+    downs, ups, biases, sums = zip(*found, strict=True)
+    return {
+        "down": torch.cat(downs), "up": torch.cat(ups, 1),
+        "down_bias": torch.cat(biases), "up_bias": torch.stack(sums),
+    }  # fmt: skip
 
 
 def _small(t: Tensor) -> None:

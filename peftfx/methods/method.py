@@ -349,6 +349,7 @@ _TABLE: dict[str, str | type[Method]] = {
     "said": "peftfx.methods.said:Said",
     "bottleneck": "peftfx.methods.bottleneck:Bottleneck",
     "compacter": "peftfx.methods.compacter:Compacter",
+    "fusion": "peftfx.methods.fusion:Fusion",
     "bitfit": "peftfx.methods.bitfit:BitFit",
     "train": "peftfx.methods.train:Train",
     "freeze": "peftfx.methods.freeze:Freeze",
