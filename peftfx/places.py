@@ -1,0 +1,164 @@
+"""Which tokens are which: how marks that act at chosen positions learn of padding and of caches.
+
+A hook before the module that is given ids and mask counts the tokens of each row; marks inside read
+what it counted. With a cache that has something in it, a generation goes on: what acts on positions
+of the prompt has nothing to do. A mark that fires when nothing was counted was reached around that
+module, or by a checkpoint that runs again after the call: it refuses.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx.errors import BindError, NotAdaptedError
+from peftfx.sequence import fresh
+
+_PLACES = "_peftfx_places"
+_IDS = ("input_ids", "inputs_embeds")
+
+
+@dataclass(eq=False)
+class Places:
+    """The ranks of tokens in the call at hand.
+
+    ``ranks`` ``[2, B, S]``: of each token among those of its row that are not padding, from the
+    front and from the back, both from 0; -1 for padding. ``names`` are the parameters of the
+    module that is given them; empty where no module of the model knows of padding.
+    """
+
+    names: tuple[str, ...] = ()
+    ranks: Tensor | None = None
+    goes_on: bool = False  # the call continues a generation
+    entries: list[Any] = field(default_factory=list)
+
+    @property
+    def state(self) -> str:
+        """That of a mark, see :class:`peftfx.methods.method.Key`."""
+        return "skip" if self.goes_on else ""
+
+    def of(self, y: Tensor) -> Tensor:
+        """The ranks of the tokens of *y* ``[B, S, …]``."""
+        if not self.names:
+            return _counted(torch.ones(y.shape[:2], dtype=torch.int64, device=y.device))
+        if self.ranks is None:
+            raise NotAdaptedError(
+                "positions are asked for, and the module that is given the mask is not running",
+                remedy="call the model, or its forward; checkpointed, compile it with peftfx",
+            )
+        if self.ranks.shape[1:] != y.shape[:2]:
+            raise NotAdaptedError(
+                f"{tuple(y.shape[:2])} tokens are here, and the mask was for "
+                f"{tuple(self.ranks.shape[1:])}",
+                remedy="choose layers at which the sequence is that of the ids",
+            )
+        return self.ranks
+
+
+def watch(model: nn.Module, entry: Any, path: str) -> None:
+    """Lets *entry*, a mark in the module at *path*, know the ranks of tokens."""
+    host = _host(model, path)
+    if host is None:
+        entry.places = Places()
+        return
+    places = host.__dict__.get(_PLACES)
+    if places is None:
+        given = tuple(inspect.signature(host.forward).parameters)
+        places = host.__dict__[_PLACES] = Places(given)
+        host.register_forward_pre_hook(_count, with_kwargs=True)
+        host.register_forward_hook(_forget, with_kwargs=True, always_call=True)
+    places.entries += [] if any(e is entry for e in places.entries) else [entry]
+    entry.places = places
+
+
+def watched(model: nn.Module, entry: Any, path: str) -> bool:
+    """Whether what :func:`watch` did is still in place."""
+    host = _host(model, path)
+    return host is None or (
+        host.__dict__.get(_PLACES) is entry.places
+        and any(f is _count for f in host._forward_pre_hooks.values())
+    )
+
+
+def tidy(model: nn.Module) -> None:
+    """Takes off what :func:`watch` did for entries that are not in the model any more."""
+    alive = {id(m) for m in model.modules()}
+    for host in model.modules():
+        places = host.__dict__.get(_PLACES)
+        if places is None:
+            continue
+        places.entries = [e for e in places.entries if id(e) in alive]
+        if places.entries:
+            continue
+        del host.__dict__[_PLACES]
+        for hooks, function in ((host._forward_pre_hooks, _count), (host._forward_hooks, _forget)):
+            for key in [k for k, f in hooks.items() if f is function]:
+                del hooks[key]  # type: ignore[arg-type]
+                for known in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
+                    getattr(host, f"_forward_{known}").pop(key, None)
+
+
+def _host(model: nn.Module, path: str) -> nn.Module | None:
+    """The nearest module around *path* that is given ids and their mask."""
+    parts = path.split(".")
+    for depth in range(len(parts) - 1, -1, -1):
+        module = model.get_submodule(".".join(parts[:depth]))
+        given = inspect.signature(module.forward).parameters
+        if "attention_mask" in given and any(name in given for name in _IDS):
+            return module
+    given = inspect.signature(model.forward).parameters
+    if "attention_mask" in given:
+        raise BindError(
+            "the model has a mask, and no ids that it is for: which tokens are padding is unknown",
+            site=path,
+            remedy="act at all positions",
+        )
+    return None
+
+
+def _count(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    places: Places = host.__dict__[_PLACES]
+    if places.ranks is not None and not torch.compiler.is_compiling():
+        raise NotAdaptedError(
+            "the model runs twice at a time, and positions are those of one call",
+            remedy="run a copy of the model in each thread",
+        )
+    named = {**dict(zip(places.names, args, strict=False)), **kwargs}
+    tokens = next((named[name] for name in _IDS if named.get(name) is not None), None)
+    if tokens is None:
+        raise NotAdaptedError("the model runs without input_ids and inputs_embeds")
+    cache = named.get("past_key_values")
+    places.goes_on = cache is not None and not fresh(cache)
+    places.ranks = _counted(_real(named.get("attention_mask"), tokens))
+
+
+def _forget(host: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    places: Places = host.__dict__[_PLACES]
+    places.ranks, places.goes_on = None, False
+
+
+def _real(mask: Any, tokens: Tensor) -> Tensor:
+    """Which tokens are not padding, ``[B, S]`` of 0 and 1."""
+    size = tokens.shape[:2]
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")
+        if mask is None:
+            raise NotAdaptedError("a mask of sliding windows alone does not show the padding")
+    if mask is None:
+        return torch.ones(size, dtype=torch.int64, device=tokens.device)
+    if mask.ndim == 4:  # made by generate() for a static cache; the last query sees all tokens
+        seen = mask[:, 0, -1, : size[1]]
+        mask = (seen if seen.dtype == torch.bool else seen == 0).expand(size)
+    elif mask.ndim != 2:
+        raise NotAdaptedError(f"a mask of {mask.ndim} dimensions does not show the padding")
+    return mask[:, -size[1] :].to(torch.int64)
+
+
+def _counted(real: Tensor) -> Tensor:
+    ahead = real.cumsum(-1) - 1
+    behind = real.sum(-1, keepdim=True) - 1 - ahead
+    return torch.where(real > 0, torch.stack([ahead, behind]), -1)
