@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, mark, sequence, states
+from peftfx import attention, mark, places, sequence, states
 from peftfx.binding import (
     ATTRIBUTE,
     Adapter,
@@ -265,6 +265,7 @@ def release(model: nn.Module) -> nn.Module:
                 mark.clear(model.get_submodule(p.site.module))
     sequence.tidy(model)
     attention.tidy(model)
+    places.tidy(model)
     for name, own in model.named_parameters():
         own.requires_grad_(binding.flags.get(name, own.requires_grad))
         disown(own)

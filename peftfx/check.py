@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftfx import attention, mark, sequence
+from peftfx import attention, mark, places, sequence
 from peftfx.binding import SURGERY, Binding, entry_of, parameter
 from peftfx.errors import NotAdaptedError
 from peftfx.plans import Placement
@@ -59,6 +59,8 @@ def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | 
         return "the forward that lengthened the sequence is gone"
     if entry.acts == "attention" and not attention.scoped(model, p.site.around):
         return "a hook on the attention or its positions is gone"
+    if entry.positional and not places.watched(model, entry, p.site.module):
+        return "the hook that counted the tokens is gone"
     if bool(entry.key) != on:
         return "the adapter was switched behind peftfx's back"
     return None

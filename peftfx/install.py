@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, mark, sequence
+from peftfx import attention, mark, places, sequence
 from peftfx.binding import (
     Binding,
     Tensors,
@@ -144,6 +144,8 @@ def place_all(model: nn.Module, binding: Binding, plan: Plan) -> None:
                 sequence.feed(model, entry, p.site.around)
             elif p.method.acts == "attention":
                 attention.scope(model, entry, p.site.around)
+            elif p.method.positional():
+                places.watch(model, entry, p.site.module)
 
 
 def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -> None:

@@ -21,6 +21,7 @@ from peftfx import attention, dynamo
 from peftfx.errors import NotAdaptedError, PlanError
 from peftfx.kernels.definition import Defined
 from peftfx.methods.method import OF_BASE, Acts, Method, decode
+from peftfx.places import Places
 from peftfx.sequence import State
 from peftfx.site import SLOT, Site
 
@@ -47,6 +48,8 @@ class Entry(nn.Module):
         self.drops = False  # whether the method needs a seed when it trains
         self.method: Method | None = None
         self.state = State()  # of the call at hand, for acts `tokens`
+        self.positional = False  # whether the method asks which tokens are which
+        self.places = Places()  # which they are
 
     def fill(
         self,
@@ -77,6 +80,7 @@ class Entry(nn.Module):
         self.method = method
         self.reads = tuple(name.removeprefix(OF_BASE) for name in reads)
         self.drops = method.draws(True)
+        self.positional = method.positional()
 
     def empty(self) -> None:
         """Takes the tensors out and switches the entry off."""
@@ -122,6 +126,9 @@ def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor, state: st
             fired.add(entry.site)
     tensors = [getattr(entry, name) for name in entry.names]
     tensors += [owner._parameters[name] for name in entry.reads]  # the base's, past any mark
+    if entry.positional:
+        assert y is not None
+        tensors.append(entry.places.of(y))
     seed = None
     if entry.drops and owner.training:
         # drawn here and not in the op: a recomputed region replays it, and the op stays pure
@@ -140,7 +147,9 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: A
         if entry.acts == "attention" and not torch.compiler.is_dynamo_compiling():
             attention.arm(entry)
             continue
-        state = _STATES[entry.state.now] if entry.acts == "tokens" else ""
+        state = entry.places.state if entry.positional else ""
+        if entry.acts == "tokens":
+            state = _STATES[entry.state.now]
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if type(y) is tuple:  # an attention that gives its probabilities too
             y = (_mark(module, entry, y[0], x, state), *y[1:])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfx import attention, mark, sequence
+from peftfx import attention, mark, places, sequence
 from peftfx.bind import forms
 from peftfx.binding import (
     Adapter,
@@ -131,6 +131,7 @@ def remove(model: nn.Module, adapter: str) -> None:
         mark.displace(model.get_submodule(p.site.module), p.method.name)
     sequence.tidy(model)
     attention.tidy(model)
+    places.tidy(model)
 
 
 @torch.inference_mode(False)

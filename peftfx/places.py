@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx.errors import BindError, NotAdaptedError
+from peftfx.errors import NotAdaptedError
 from peftfx.sequence import fresh
 
 _PLACES = "_peftfx_places"
@@ -28,7 +28,8 @@ class Places:
 
     ``ranks`` ``[2, B, S]``: of each token among those of its row that are not padding, from the
     front and from the back, both from 0; -1 for padding. ``names`` are the parameters of the
-    module that is given them; empty where no module of the model knows of padding.
+    module that is given the mask. Where the mask is not for ids (as in models of images and
+    sound), the ranks are those of a sequence without padding.
     """
 
     names: tuple[str, ...] = ()
@@ -37,13 +38,23 @@ class Places:
     entries: list[Any] = field(default_factory=list)
 
     @property
+    def of_ids(self) -> bool:
+        """Whether the mask is one for ids."""
+        return any(name in self.names for name in _IDS)
+
+    @property
     def state(self) -> str:
         """That of a mark, see :class:`peftfx.methods.method.Key`."""
         return "skip" if self.goes_on else ""
 
     def of(self, y: Tensor) -> Tensor:
         """The ranks of the tokens of *y* ``[B, S, …]``."""
-        if not self.names:
+        if y.ndim < 3:
+            raise NotAdaptedError(
+                f"positions are those of sequences [B, S, …], and this is {tuple(y.shape)}",
+                remedy="act at all positions",
+            )
+        if not self.of_ids:
             return _counted(torch.ones(y.shape[:2], dtype=torch.int64, device=y.device))
         if self.ranks is None:
             raise NotAdaptedError(
@@ -103,21 +114,16 @@ def tidy(model: nn.Module) -> None:
 
 
 def _host(model: nn.Module, path: str) -> nn.Module | None:
-    """The nearest module around *path* that is given ids and their mask."""
-    parts = path.split(".")
+    """The nearest module around *path* that is given ids and their mask, or else any mask."""
+    parts, masked = path.split("."), None
     for depth in range(len(parts) - 1, -1, -1):
         module = model.get_submodule(".".join(parts[:depth]))
         given = inspect.signature(module.forward).parameters
-        if "attention_mask" in given and any(name in given for name in _IDS):
-            return module
-    given = inspect.signature(model.forward).parameters
-    if "attention_mask" in given:
-        raise BindError(
-            "the model has a mask, and no ids that it is for: which tokens are padding is unknown",
-            site=path,
-            remedy="act at all positions",
-        )
-    return None
+        if "attention_mask" in given:
+            if any(name in given for name in _IDS):
+                return module
+            masked = module
+    return masked
 
 
 def _count(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -129,6 +135,13 @@ def _count(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
         )
     named = {**dict(zip(places.names, args, strict=False)), **kwargs}
     tokens = next((named[name] for name in _IDS if named.get(name) is not None), None)
+    if not places.of_ids:
+        if named.get("attention_mask") is not None:
+            raise NotAdaptedError(
+                "a mask is given that is not one for ids: which tokens are padding is unknown",
+                remedy="leave it out, or act at all positions",
+            )
+        return
     if tokens is None:
         raise NotAdaptedError("the model runs without input_ids and inputs_embeds")
     cache = named.get("past_key_values")

@@ -20,6 +20,7 @@ ROLES = (
     "mlp.up", "mlp.gate", "mlp.down",
     "attention", "cross_attention", "mlp",
     "residual.attention", "residual.cross_attention", "residual.mlp", "residual",
+    "block",
     "embedding.token", "embedding.position", "embedding.patch", "embedding",
     "head", "norm", "conv", "router", "experts", "tokens",
 )  # fmt: skip

@@ -184,7 +184,7 @@ def _lengthened(
             remedy=f"pass {feed.ids} instead of embeddings",
         )
     cache = named.get("past_key_values")
-    first = feed.part == "encoder" or cache is None or _fresh(cache)
+    first = feed.part == "encoder" or cache is None or fresh(cache)
     mask = named.get("attention_mask")
     if isinstance(mask, dict):
         masks = {k: _mask(m, feed, ids, cache, first, length) for k, m in mask.items()}
@@ -293,7 +293,7 @@ def _static(cache: Any) -> bool:
     return bool(getattr(cache, "is_compileable", False))
 
 
-def _fresh(cache: Any) -> bool:
+def fresh(cache: Any) -> bool:
     """Whether nothing is in the cache yet.
 
     How full a static cache is only its tensors know, which no graph may ask; one that has its

@@ -24,6 +24,7 @@ from peftfx.methods.peft import PeftForm
 from peftfx.site import OUTPUT, Site
 
 Acts = Literal["output", "input", "weight", "parameter", "attention", "tokens"]
+RANKS = "call.ranks"  # in `p`, of a method that is positional: int64 [2, B, S], see peftfx.places
 OF_BASE = "base."  # what precedes the names of base parameters that a method reads
 Tensors = Mapping[str, Tensor]
 
@@ -171,6 +172,10 @@ class Method(ABC):
         """What chooses tensors at *site* from data, where the options ask for that."""
         return None
 
+    def positional(self) -> bool:
+        """Whether :meth:`apply` asks which tokens are which: ``p`` then has :data:`RANKS`."""
+        return False
+
     # -- its math --------------------------------------------------------------------------------
 
     def draws(self, training: bool) -> bool:
@@ -251,8 +256,11 @@ class Method(ABC):
             "acts": acts or self.acts_at(site),
             "kind": site.kind,
             "shape": list(site.shape),
-            "names": [*self.params(site), *self.buffers(site), *self.reads_at(site)],
-        }
+            "names": [
+                *self.params(site), *self.buffers(site), *self.reads_at(site),
+                *([RANKS] if self.positional() else []),
+            ],
+        }  # fmt: skip
         options = {n: getattr(self, n) for n in self.baked}
         optional = {"options": options, "attrs": dict(site.attrs), "strict": strict}
         content |= {name: value for name, value in optional.items() if value}
@@ -268,7 +276,7 @@ class Key:
     weight: Site
     names: tuple[str, ...]
     strict: bool
-    state: str = ""  # of the call at hand, see peftfx.sequence
+    state: str = ""  # of the call at hand, see peftfx.sequence and peftfx.places
 
     def apply(
         self,
@@ -349,6 +357,7 @@ _TABLE: dict[str, str | type[Method]] = {
     "said": "peftfx.methods.said:Said",
     "bottleneck": "peftfx.methods.bottleneck:Bottleneck",
     "compacter": "peftfx.methods.compacter:Compacter",
+    "reft": "peftfx.methods.reft:ReFT",
     "fusion": "peftfx.methods.fusion:Fusion",
     "bitfit": "peftfx.methods.bitfit:BitFit",
     "train": "peftfx.methods.train:Train",

@@ -15,7 +15,7 @@ from peftfx.roles.attention import attentions
 from peftfx.roles.feed_forward import feed_forwards
 from peftfx.roles.flow import Flow
 from peftfx.roles.mixture import mixtures
-from peftfx.roles.outputs import Output, outputs
+from peftfx.roles.outputs import Output, blocks, outputs
 from peftfx.roles.stacks import stacks
 from peftfx.roles.sublayer import Sublayer, Unclear
 from peftfx.select import ROLES
@@ -97,7 +97,8 @@ def roles(trace: Trace) -> Roles:
             told.doubt(found)
         elif not taken & set(found[1]):
             told.add(*found)
-    for place in outputs(flow, _whole(flow, sublayers)):
+    whole = _whole(flow, sublayers)
+    for place in (*outputs(flow, whole), *blocks(flow, whole)):
         if isinstance(place, Unclear):
             told.doubt(place)
             continue

@@ -2,7 +2,8 @@
 
 ``attention``, ``cross_attention``, ``mlp``: the smallest module that holds the sublayer, gives its
 output and takes its input, so that what acts there may also act beside it. ``residual.…``: the
-last module whose output is on its way to the sum with the residual stream.
+last module whose output is on its way to the sum with the residual stream. ``block``: a layer of
+a stack, whose output is the residual stream behind its sublayers.
 """
 
 from __future__ import annotations
@@ -59,6 +60,41 @@ def outputs(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output
         for role, reason in _expected(sublayer):
             if role not in told:
                 yield Unclear(role, flow.ops[max(sublayer.ops)], reason)
+
+
+def blocks(flow: Flow, sublayers: list[Sublayer]) -> Iterator[tuple[str, Output]]:
+    """The layers that sublayers are in, with the role ``block``.
+
+    Of lists within lists the outermost, all of whose members give the residual stream.
+    """
+    lists: dict[str, dict[str, dict[int, Output | None]]] = {}
+    for sublayer in sublayers:
+        way = flow.to_sum(sublayer.result)
+        plain = way is not None and _features_last(flow, way[0]) == way[0]
+        for call in flow.around(sublayer.ops):
+            if not call.path.rpartition(".")[2].isdigit():
+                continue
+            parts = ["*" if part.isdigit() else part for part in call.path.split(".")]
+            calls = lists.setdefault(".".join(parts), {}).setdefault(call.path, {})
+            calls.setdefault(call.start, None)
+            if way is None or not plain or call.output is None:
+                continue
+            if flow.shape(call.output) == flow.shape(way[0][-1]):
+                calls[call.start] = _output(flow, "block", call, sublayer)
+    chosen: list[str] = []
+    for pattern in sorted(lists, key=lambda p: p.count("*")):
+        if any(pattern.startswith(f"{outer}.") for outer in chosen):
+            continue
+        found = {
+            path: output
+            for path, calls in lists[pattern].items()
+            if (output := next(iter(calls.values()))) is not None
+            and None not in calls.values()
+            and len(calls) == flow.trace.called[path]
+        }
+        if len(found) == len(lists[pattern]):
+            chosen.append(pattern)
+            yield from found.items()
 
 
 def _output(flow: Flow, role: str, call: Call, sublayer: Sublayer) -> Output:

@@ -17,6 +17,7 @@ from peftfx.select import ROLES
 from peftfx.site import sites
 from peftfx.trace import Trace, trace
 from tests.architectures import ARCHITECTURES, FAMILIES, Architecture, by_name
+from tests.architectures.blocks import BLOCKS
 from tests.e2e.test_architectures import example_of
 
 ALL = pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
@@ -39,7 +40,8 @@ def check(arch: Architecture, **more: object) -> None:
     paths = [path for path, _ in model.named_modules()]
     acted = {(o.role, path) for path, outputs in told.outputs.items() for o in outputs}
     assert acted == {
-        (role, p) for role, globs in arch.outputs.items() for p in paths
+        (role, p) for role, globs in {**arch.outputs, "block": BLOCKS[arch.name]}.items()
+        for p in paths
         if any(fnmatchcase(p, g) for g in globs)
     }  # fmt: skip
     for glob, rows in arch.rows.items():

@@ -175,7 +175,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 def test_mixes_without_weights_to_sum(row: Row) -> None:
     """Two adapters at one linear add up there."""
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(4, 6)
+    model, x = nn.Sequential(nn.Linear(6, 9)), torch.randn(2, 4, 6)
     peftfx.adapt(model, {"rules": [row.rule()]}, (x,), lower="eager")
     with peftfx.disabled(model):
         base = model(x)
