@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ def write(root: Path) -> None:
     """Writes the README's tables anew, and a picture of each device's roofline."""
     found = load(root)
     (HERE / "README.md").write_text(text((HERE / "README.md").read_text(), found))
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no pictures: matplotlib is not installed")
+        return
     for device, parts in found.items():
         if "figures" in parts and "linear" in parts:
             roofline(parts["figures"][1][0].values, parts["linear"], root / device / "roofline.png")

@@ -149,6 +149,17 @@ def test_the_picture(tmp_path: Path) -> None:
     assert (tmp_path / "x" / "roofline.png").stat().st_size > 5000
 
 
+def test_no_picture_without_matplotlib(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    monkeypatch.setattr(report.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "README.md").write_text("About.\n")
+    report.write(tmp_path)
+    assert capsys.readouterr().out == "no pictures: matplotlib is not installed\n"
+    assert (tmp_path / "README.md").read_text().startswith(f"About.\n\n{report.ENDING}\n")
+
+
 def test_tables_have_ratios(tmp_path: Path) -> None:
     row = Row(
         "a", {"frozen": 2.0, "peftfx": 2.1}, "forward", least=1.0,
