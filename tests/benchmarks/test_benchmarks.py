@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import report, run, store
+from benchmarks import report, run, store, variants
 from benchmarks.parts import first_step, linear
+from benchmarks.peers import Ordered
 from benchmarks.registry import PARTS, Row, Setting, part
 from benchmarks.store import RESULTS, Results, load, read
 from benchmarks.verify import Mismatch, dropped, gate
@@ -77,6 +78,17 @@ def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert made[0] == "a"
     finally:
         part.cache_clear()
+
+
+def test_a_wrong_variant_gets_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does the case that it is in: what it is compared with may be as wrong."""
+    monkeypatch.setattr(linear, "ALL", ("frozen", "unsloth's order"))
+    monkeypatch.setattr(
+        variants, "Ordered", lambda sites, name, rank, s: Ordered(sites, name, rank, 1.5 * s)
+    )
+    failed = run.measure("linear", TINY, tmp_path)
+    assert len(failed) == 2 and not list(tmp_path.glob("*/*.json"))
+    assert all("unsloth's order: result 0 is off by" in why for why in failed)
 
 
 def test_another_commit_starts_anew(tmp_path: Path) -> None:
