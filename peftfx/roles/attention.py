@@ -28,17 +28,25 @@ _BETWEEN = POINTWISE | SHAPES | JOINS | {
 def attentions(flow: Flow) -> Iterator[Sublayer | Unclear]:
     """Every attention of a trace, in order."""
     for op in flow.ops.values():
-        if op.name in CALLS:
-            given = [op.given(i, name) for i, name in enumerate(_OPERANDS)]
-            yield _attention(flow, op, given, op.index)
-        elif op.name == "multi_head_attention_forward":
-            yield _packed(flow, op)
-        elif op.name in SOFTMAX:
-            found = _written_out(flow, op)
-            if isinstance(found, Unclear):
-                yield found
-            elif found is not None:
-                yield _attention(flow, op, found[0], found[1])
+        found = _found(flow, op)
+        if found is None:
+            continue
+        yield found
+        if isinstance(found, Sublayer) and "output" not in found.projections:
+            reason = "what it gives goes into no weight, or into several"
+            yield Unclear(f"{found.kind}.output", op, reason)
+
+
+def _found(flow: Flow, op: Op) -> Sublayer | Unclear | None:
+    if op.name in CALLS:
+        given = [op.given(i, name) for i, name in enumerate(_OPERANDS)]
+        return _attention(flow, op, given, op.index)
+    if op.name == "multi_head_attention_forward":
+        return _packed(flow, op)
+    written = _written_out(flow, op) if op.name in SOFTMAX else None
+    if written is None or isinstance(written, Unclear):
+        return written
+    return _attention(flow, op, *written)
 
 
 def _attention(flow: Flow, core: Op, given: list[Value], result: int) -> Sublayer | Unclear:

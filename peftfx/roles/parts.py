@@ -148,6 +148,7 @@ def _patches(flow: Flow, op: Op) -> bool:
 
 def heads(flow: Flow) -> Iterator[Found | Unclear]:
     """The projections to the model's outputs; those may be scaled, shifted and capped."""
+    given = {flow.through(at) for at in flow.trace.outputs}
     for at in dict.fromkeys(flow.trace.outputs):
         while (op := flow.ops.get(at)) is not None and not flow.single(at):
             if op.name not in SHAPES | ADDS | MULS | _CAPS or len(set(op.args)) != 1:
@@ -155,7 +156,9 @@ def heads(flow: Flow) -> Iterator[Found | Unclear]:
             at = op.args[0]
         if op is None or not flow.single(at):
             continue
-        if _goes_on(flow, at):
+        if flow.through(op.args[0]) in given:  # as a pooler is
+            yield Unclear("head", op, "what it projects is an output of the model too")
+        elif _goes_on(flow, at):
             yield Unclear("head", op, "the model computes on with what it gives")
         else:
             yield "head", flow.owned(at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -16,8 +17,17 @@ from peftfx.roles import roles
 from peftfx.select import ROLES
 from peftfx.site import sites
 from peftfx.trace import Trace, trace
-from tests.architectures import ARCHITECTURES, FAMILIES, Architecture, by_name
+from tests.architectures import (
+    ARCHITECTURES,
+    FAMILIES,
+    MIXTURES,
+    PLAIN,
+    Architecture,
+    by_name,
+)
+from tests.architectures.architecture import hf
 from tests.architectures.blocks import BLOCKS
+from tests.architectures.encoders import BERT
 from tests.e2e.test_architectures import example_of
 
 ALL = pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
@@ -80,6 +90,44 @@ def test_however_attention_is_written(arch: Architecture, how: str) -> None:
 @pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "deepseek-v3"])
 def test_however_experts_are_run(name: str, how: str) -> None:
     check(next(a for a in ARCHITECTURES if a.name == name), experts_implementation=how)
+
+
+def _bfloat16(arch: Architecture) -> Architecture:
+    def example() -> dict[str, Tensor]:
+        values = arch.example().items()
+        return {k: v.bfloat16() if v.is_floating_point() else v for k, v in values}
+
+    return replace(arch, build=lambda: arch.build().bfloat16(), example=example)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch", [a for a in ARCHITECTURES if a not in (*PLAIN, *MIXTURES)], ids=str
+)
+def test_in_bfloat16(arch: Architecture) -> None:  # torch's grouped products are too small for it
+    check(_bfloat16(arch))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon", "deepseek-v3", "t5", "bart"])
+def test_with_a_cache_and_a_mask(name: str) -> None:
+    arch = by_name(name)
+    mask = torch.tensor([[0, 0, *[1] * 7], [1] * 9])
+    check(replace(arch, example=lambda: {**arch.example(), "attention_mask": mask}), use_cache=True)
+
+
+@pytest.mark.parametrize("name, labels", [("bert", (2,)), ("llama", (2, 9))])
+def test_with_a_loss(name: str, labels: tuple[int, ...]) -> None:
+    arch = by_name(name)
+    labels_of = {"labels": torch.ones(labels, dtype=torch.long)}
+    check(replace(arch, example=lambda: {**arch.example(), **labels_of}))
+
+
+def test_a_pooler_is_no_head() -> None:
+    model = hf("BertConfig", "BertModel", **BERT)()
+    told = roles(trace(model, by_name("bert").example()))
+    assert not any("head" in found for found in told.found.values())
+    assert ("head", "pooler.dense.weight") in [(role, name) for role, name, _ in told.unclear]
 
 
 def test_readme_lists_the_table() -> None:
