@@ -23,7 +23,7 @@ from peftfx.site import OUTPUT, Site
 from tests.architectures import Architecture, by_name
 from tests.helpers import fill, output, relative
 
-SHOWN = ("llama", "bert", "t5", "gpt2", "vit", "bart", "whisper")
+SHOWN = ("llama", "bert", "t5", "gpt2", "vit", "bart", "whisper", "albert", "swin")
 RESIDUAL = ("residual.attention", "residual.cross_attention", "residual.mlp")
 SUBLAYERS = ("attention", "cross_attention", "mlp")
 
