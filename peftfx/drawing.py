@@ -13,7 +13,7 @@ from peftfx.roles import Roles
 from peftfx.roles.attention import SOFTMAX
 from peftfx.roles.flow import ACTIVATIONS, FUSED, MULS, Flow
 from peftfx.select import ROLES
-from peftfx.site import sites
+from peftfx.site import OUTPUT, sites
 from peftfx.svg import Box, svg
 from peftfx.trace import Call, Op, Trace
 
@@ -83,24 +83,25 @@ class _Drawer:
 
     def draw(self, name: str) -> str:
         inside = [at for at in self.flow.ops if self.call.start <= at < self.call.stop]
-        kept = [at for at in inside if self._shown(self.flow.ops[at])]
+        end = max(self.flow.ops, default=0) + 1
+        adapted = self._at_outputs()
         graph: nx.DiGraph[int] = nx.DiGraph()
         sources: dict[int, set[int]] = {}  # of each value the boxes that it comes from
         for at in inside:
             above = set().union(*(self._from(a, at, sources) for a in self.flow.ops[at].args))
-            if at in kept:
+            if self._shown(self.flow.ops[at]):
                 self.boxes[at] = self._box(self.flow.ops[at])
                 graph.add_edges_from((a, at) for a in above)
                 above = {at}
+            for box in adapted.get(at, ()):
+                after = end + 1 + len(self.boxes)
+                self.boxes[after] = box
+                graph.add_edges_from((a, after) for a in above)
+                above = {after}
             sources[at] = above
-        end = max(self.flow.ops, default=0) + 1
         if self.call.output is not None:
             graph.add_edges_from((a, end) for a in sources.get(self.call.output, ()))
             self.boxes[end] = Box(("output",), self._shape(self.call.output), plain=True)
-        for site, text in self._at_outputs():
-            made = sources.get(site, set())
-            for at in made if len(made) == 1 else ():
-                self.boxes[at] = self.boxes[at].with_note(text)
         useful = nx.ancestors(graph, end) | {end} if end in graph else set(graph)
         title = f"{self.call.path or 'the model'} ({name})"
         return svg(title, graph.subgraph(useful), self.boxes)
@@ -125,11 +126,15 @@ class _Drawer:
         at = op.index
         if self.flow.weighs(at) or op.name in FUSED | SOFTMAX or at in self.flow.normalised:
             return True
+        if op.name in ACTIVATIONS or op.name == "topk":
+            return True
         shapes = {self.flow.shape(a) for a in op.args}
-        alike = len(set(op.args)) == 2 and len(shapes) == 1 and len(op.shapes[0]) < 4
-        if op.name in MULS or self.flow.sums(at):
-            return alike
-        return (op.name in ACTIVATIONS and len(op.shapes[0]) < 4) or op.name == "topk"
+        if len(set(op.args)) != 2 or len(shapes) != 1:
+            return False
+        if op.name in MULS:
+            return len(op.shapes[0]) < 4  # a gate; no angles of positions
+        ends = [self.flow.shape(v) for v in (self.call.input, self.call.output) if v is not None]
+        return self.flow.sums(at) and op.shapes[0] in ends
 
     def _box(self, op: Op) -> Box:
         told = sorted({r for n in op.params for r in self.roles.of(n)}, key=ROLES.index)
@@ -138,8 +143,7 @@ class _Drawer:
             name = "+"
         elif not told and op.name in MULS:
             name = "×"
-        inner = op.module.removeprefix(self.call.path).strip(".")
-        lines = [inner] if op.params or told else []
+        lines = [self._inner(op.module)] if op.params or told else []
         shapes = sorted((self.flow.trace.shapes[n] for n in self.flow.owned(op.index)), key=len)
         if shapes:
             lines.append("×".join(map(str, shapes[-1])))
@@ -148,17 +152,22 @@ class _Drawer:
         note = tuple(dict.fromkeys(f"{p.method.name} (rule {p.rule})" for p in acting))
         return Box(tuple(told) or (name,), tuple(lines), note)
 
-    def _at_outputs(self) -> list[tuple[int, str]]:
-        """What the plan does at outputs of modules in this layer."""
-        found = []
+    def _at_outputs(self) -> dict[int, list[Box]]:
+        """What the plan does at outputs of modules in this layer, by the value that they give."""
+        found: dict[int, list[Box]] = {}
         for c in self.flow.trace.calls:
             if c.output is None or not self.call.start <= c.start <= c.stop <= self.call.stop:
                 continue
             for p in self.plan:
-                if p.site.module == c.path and not p.site.parameter:
-                    told = " ".join(sorted(p.site.roles))
-                    found.append((c.output, f"{p.method.name} (rule {p.rule}) at {told}"))
+                if p.site.module == c.path and p.site.kind == OUTPUT:
+                    roles = sorted(p.site.roles, key=ROLES.index)
+                    lines = (self._inner(c.path), *roles)
+                    box = Box((p.method.name,), lines, (f"rule {p.rule}",))
+                    found.setdefault(c.output, []).append(box)
         return found
+
+    def _inner(self, path: str) -> str:
+        return path.removeprefix(self.call.path).strip(".")
 
     def _shape(self, value: int) -> tuple[str, ...]:
         return ("×".join(map(str, self.flow.shape(value))),)

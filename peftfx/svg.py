@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
 
@@ -33,9 +33,6 @@ class Box:
     lines: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     plain: bool = False  # without a frame
-
-    def with_note(self, note: str) -> Box:
-        return self if note in self.notes else replace(self, notes=(*self.notes, note))
 
     @property
     def width(self) -> float:

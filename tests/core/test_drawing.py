@@ -52,6 +52,15 @@ def test_fused_and_gated() -> None:
     assert ("", "mlp.up", "mlp.gate", "mlp.gate_up_proj", "88×32") in found
 
 
+def test_what_acts_on_an_output_is_a_box_behind_it() -> None:
+    arch = by_name("qwen3-moe")
+    spec = {"rules": [{"method": "bottleneck", "role": "residual.mlp"}]}
+    found = boxes_of(peftfx.picture(arch.build(), spec, arch.example()))
+    assert ("adapted", "bottleneck", "mlp", "mlp", "residual.mlp", "rule 0") in found
+    assert [b[0] for b in found].count("adapted") == 1
+    assert {"router", "experts", "topk"} <= {b[1] for b in found}
+
+
 def test_a_model_without_layers_is_drawn_whole() -> None:
     arch = by_name("packed")
     spec = {"rules": [{"method": "lora", "role": "mlp.up"}]}
