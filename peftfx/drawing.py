@@ -103,6 +103,8 @@ class _Drawer:
             graph.add_edges_from((a, end) for a in sources.get(self.call.output, ()))
             self.boxes[end] = Box(("output",), self._shape(self.call.output), plain=True)
         useful = nx.ancestors(graph, end) | {end} if end in graph else set(graph)
+        if not graph:
+            raise PlanError(f"nothing is computed in {self.call.path or 'the model'}")
         title = f"{self.call.path or 'the model'} ({name})"
         return svg(title, graph.subgraph(useful), self.boxes)
 

@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 
 from peftfx.cli import app, console, sizes
-from peftfx.errors import SpecError
+from peftfx.errors import SaveError, SpecError
 from peftfx.explaining import explain as explain_model
 from peftfx.explaining import picture as draw_model
 from peftfx.explaining import plan as plan_model
@@ -70,7 +70,11 @@ def explain(
         print(explain_model(built, spec))
         return
     print(plan_model(built, spec))
-    picture.write_text(draw_model(built, spec, layer=layer, stack=stack), encoding="utf-8")
+    drawn = draw_model(built, spec, layer=layer, stack=stack)
+    try:
+        picture.write_text(drawn, encoding="utf-8")
+    except OSError as error:
+        raise SaveError(f"cannot be written: {error.strerror}", where=str(picture)) from None
 
 
 @app.command()

@@ -12,6 +12,9 @@ import pytest
 import torch
 import transformers
 
+from peftfx.cli import show
+from peftfx.errors import SaveError
+
 SPEC = """\
 rules:
   - method: lora
@@ -60,6 +63,8 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
     picture = tmp_path / "layer.svg"
     assert "6 placements" in run("explain", spec, "-m", base, *auto, "--picture", picture)
     assert "attention.query" in picture.read_text()
+    with pytest.raises(SaveError, match="cannot be written"):
+        show.explain(spec, base, auto[1], picture=tmp_path / "none" / "layer.svg")
     text = run("explain", spec, "-m", base, *auto)
     assert "low_rank_linear" in text and "accumulate" in text
     spec.write_text(SPEC.replace("rank", "rnk"))
