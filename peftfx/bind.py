@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, mark, places, sequence, states
+from peftfx import attention, mark, multihead, places, sequence, slots, states
 from peftfx.binding import (
     ATTRIBUTE,
     Adapter,
@@ -187,6 +187,8 @@ def forms(plan: Plan, traced: Trace) -> dict[Place, Acts]:
                 raise BindError("this module is never called", site=site.name)
             continue
         readers = set(traced.users.get(site.name, ()))
+        if site.caller in readers:  # by itself; written out, it calls the module
+            readers = readers - {site.caller} | {site.module}
         if p.method.acts in ("tokens", "attention"):
             continue  # found by their calls in this very trace
         tied = {alias.rpartition(".")[0] for alias in site.aliases} - {site.module}
@@ -262,10 +264,9 @@ def release(model: nn.Module) -> nn.Module:
     for adapter in binding.adapters.values():
         for p in adapter.plan:
             if p.method.acts != "parameter":
-                mark.clear(model.get_submodule(p.site.module))
-    sequence.tidy(model)
-    attention.tidy(model)
-    places.tidy(model)
+                slots.clear(model.get_submodule(p.site.module))
+    for tidied in (sequence, attention, places, multihead):
+        tidied.tidy(model)
     for name, own in model.named_parameters():
         own.requires_grad_(binding.flags.get(name, own.requires_grad))
         disown(own)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from peftfx import mark
+from peftfx import mark, slots
 from peftfx.errors import AdapterError, BindError, NotAdaptedError, nearest
 from peftfx.methods.method import Acts, Method
 from peftfx.methods.train import VALUE
@@ -161,7 +161,8 @@ def entry_of(model: nn.Module, placement: Placement) -> mark.Entry:
         slot = model.get_submodule(placement.site.module)._modules.get(SLOT)
     except AttributeError:
         slot = None
-    entry = slot._modules.get(placement.method.name) if slot is not None else None
+    name = slots.entry_name(placement.site, placement.method)
+    entry = slot._modules.get(name) if slot is not None else None
     if not isinstance(entry, mark.Entry):
         raise NotAdaptedError(
             "the module that carried the adapter here was replaced",

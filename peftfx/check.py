@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from peftfx import attention, mark, places, sequence
+from peftfx import attention, multihead, places, sequence, slots
 from peftfx.binding import SURGERY, Binding, entry_of, parameter
 from peftfx.errors import NotAdaptedError
 from peftfx.plans import Placement
@@ -48,12 +48,12 @@ def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | 
     except AttributeError:
         return "the module is gone"
     weight = owner._parameters.get(p.site.parameter)
-    if weight is not None and weight.is_floating_point() and tuple(weight.shape) != p.site.shape:
-        return f"the parameter is {list(weight.shape)}, and was {list(p.site.shape)} when bound"
+    if weight is not None and weight.is_floating_point() and tuple(weight.shape) != p.site.whole:
+        return f"the parameter is {list(weight.shape)}, and was {list(p.site.whole)} when bound"
     if p.method.acts == "parameter":
         return _replaced(model, binding, p) if on else None
     entry = entry_of(model, p)
-    if not mark.armed(owner, entry.acts):
+    if not multihead.armed(model, p.site) or not slots.armed(owner, entry):
         return "the hook that carried the adapter is gone"
     if entry.acts == "tokens" and not sequence.fed(model, entry, p.site.around):
         return "the forward that lengthened the sequence is gone"

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, mark, places, sequence
+from peftfx import attention, multihead, places, sequence, slots
 from peftfx.binding import (
     Binding,
     Tensors,
@@ -24,6 +24,7 @@ from peftfx.binding import (
 )
 from peftfx.distributed import put, refuse_shards, whole
 from peftfx.errors import BindError, MergeError
+from peftfx.methods import part
 from peftfx.methods.method import Method, Param, float_dtype
 from peftfx.methods.train import VALUE
 from peftfx.plans import Placement, Plan
@@ -50,7 +51,8 @@ def create(model: nn.Module, plan: Plan, spec: Spec) -> list[Tensors]:
                 param.init(value)
                 held[holder] = as_held(value, param)
             made[name] = held[holder]
-        p.method.start(whole(like.detach()), made, p.site)
+        base = part.cut(whole(like.detach()), p.site, p.site.axes[0])
+        p.method.start(base, made, p.site)
         values.append(made | constants(p, like.device))
     return values
 
@@ -139,13 +141,14 @@ def place_all(model: nn.Module, binding: Binding, plan: Plan) -> None:
     for p in plan:
         if p.method.acts != "parameter":
             owner = model.get_submodule(p.site.module)
-            entry = mark.place(owner, p.site, p.method, binding.acts_of(p, p.method))
+            entry = slots.place(owner, p.site, p.method, binding.acts_of(p, p.method))
             if p.method.acts == "tokens":
                 sequence.feed(model, entry, p.site.around)
             elif p.method.acts == "attention":
                 attention.scope(model, entry, p.site.around)
             elif p.method.positional():
                 places.watch(model, entry, p.site.module)
+    multihead.expand(model, plan)
 
 
 def install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -> None:
@@ -347,7 +350,7 @@ def _mixed(model: nn.Module, binding: Binding) -> Iterator[tuple[Placement, Meth
         if len(found) == 1 and found[0][0] == 1.0:  # it stands for itself
             yield p, p.method, {n: t.detach() for n, t in found[0][2].items()}
             continue
-        base = parameter(model, p.site.like)
+        base = part.cut(parameter(model, p.site.like), p.site, p.site.axes[0])
         given = [(w, q.method, {**t, "base": base}) for w, q, t in found]
         with torch.no_grad():
             method, tensors = p.method.mix(given, p.site)

@@ -11,10 +11,10 @@ from torch import nn
 from peftfx.backends import Backend, compile_in_place
 from peftfx.bind import bind
 from peftfx.binding import binding_of, check_name, unwrap
-from peftfx.checkpoint import read
 from peftfx.errors import AdapterError
 from peftfx.install import fill
 from peftfx.operations import insert
+from peftfx.reading import read
 
 
 @torch.inference_mode(False)  # tensors that are made inside of it could never train

@@ -38,13 +38,17 @@ class Entry(nn.Module):
     entry is off, so that the off state is a graph of its own, free of the adapter's nodes.
     """
 
-    def __init__(self, site: str) -> None:
+    def __init__(self, site: Site) -> None:
         super().__init__()
         self.key = ""
-        self.site = site
+        self.site = site.name
+        self.kind = site.kind
+        self.parameter = site.parameter
+        self.shift = site.bias
+        self.inputs = site.inputs
         self.acts: Acts = "output"
         self.names: tuple[str, ...] = ()  # in the order of the key
-        self.reads: tuple[str, ...] = ()  # base parameters of the owner
+        self.reads: tuple[str, ...] = ()  # of the base: weight, bias
         self.drops = False  # whether the method needs a seed when it trains
         self.method: Method | None = None
         self.state = State()  # of the call at hand, for acts `tokens`
@@ -93,6 +97,17 @@ class Entry(nn.Module):
         """The tensors by name, without what the method reads of the base."""
         return {name: getattr(self, name) for name in self.names}
 
+    def of_base(self, owner: nn.Module) -> list[Tensor]:
+        """What the method reads of the base, past any mark; *owner* is the site's module."""
+        found: list[Tensor] = []
+        for name in self.reads:
+            whole = (self.parameter, 0, 0)
+            own, start, stop = (self.shift or whole) if name == "bias" else whole
+            value = owner._parameters[own]
+            assert value is not None
+            found.append(value[start:stop] if 0 < stop - start < len(value) else value)
+        return found
+
 
 class Slot(nn.Module):
     """All entries of a module: a child of fixed name, :data:`peftfx.site.SLOT`."""
@@ -102,6 +117,8 @@ class Slot(nn.Module):
             assert isinstance(entry, Entry)
             yield entry
 
+
+_NONE: Mapping[str, Tensor] = {}
 
 # Set while a model is run to prove its marks: site names that fired are added.
 _fired: ContextVar[set[str] | None] = ContextVar("peftfx_fired", default=None)
@@ -118,17 +135,27 @@ def proof() -> Iterator[set[str]]:
         _fired.reset(token)
 
 
-def _mark(owner: nn.Module, entry: Entry, y: Tensor | None, x: Tensor, state: str = "") -> Tensor:
+def fire(
+    owner: nn.Module,
+    entry: Entry,
+    y: Tensor | None,
+    x: Tensor,
+    state: str = "",
+    given: Mapping[str, Tensor] = _NONE,
+) -> Tensor:
     outside = not torch.compiler.is_compiling()
     if outside:
         fired = _fired.get()
         if fired is not None:
             fired.add(entry.site)
     tensors = [getattr(entry, name) for name in entry.names]
-    tensors += [owner._parameters[name] for name in entry.reads]  # the base's, past any mark
+    tensors += entry.of_base(owner)
     if entry.positional:
         assert y is not None
         tensors.append(entry.places.of(y))
+    for name, value in given.items():
+        tensors.append(value)
+        state += f"+{name}"
     seed = None
     if entry.drops and owner.training:
         # drawn here and not in the op: a recomputed region replays it, and the op stays pure
@@ -150,12 +177,27 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: A
         state = entry.places.state if entry.positional else ""
         if entry.acts == "tokens":
             state = _STATES[entry.state.now]
+        given = _given(entry, args, kwargs) if entry.inputs else _NONE
         x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if type(y) is tuple:  # an attention that gives its probabilities too
-            y = (_mark(module, entry, y[0], x, state), *y[1:])
+            y = (fire(module, entry, y[0], x, state, given), *y[1:])
         else:
-            y = _mark(module, entry, y, x, state)
+            y = fire(module, entry, y, x, state, given)
     return y
+
+
+def _given(entry: Entry, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Tensor]:
+    """The inputs of a call beside the first, by name."""
+    found = {**dict(zip(entry.inputs, args[1:], strict=False)), **kwargs}
+    found = {name: found[name] for name in entry.inputs if found.get(name) is not None}
+    for name, value in found.items():
+        if not isinstance(value, Tensor):
+            raise NotAdaptedError(
+                f"the module is called with {name}={value!r}, which its adapter does not follow",
+                site=entry.site,
+                remedy=f"leave {name} out of the call, and set it in the module",
+            )
+    return found
 
 
 _STATES = {"write": "", "skip": "skip", None: "unarmed"}
@@ -167,110 +209,11 @@ def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     for entry in slot._modules.values():
         if entry.key and entry.acts == "input":
             if args:
-                args = (_mark(module, entry, None, args[0]), *args[1:])
+                args = (fire(module, entry, None, args[0]), *args[1:])
             else:
                 name, x = next(iter(kwargs.items()))
-                kwargs = {**kwargs, name: _mark(module, entry, None, x)}
+                kwargs = {**kwargs, name: fire(module, entry, None, x)}
     return args, kwargs
-
-
-def _read(module: nn.Module, name: str) -> Tensor:
-    """The weight of *module* as others see it: with the marks of the entries that act on it."""
-    w: Tensor = module._parameters[name]  # type: ignore[assignment]
-    slot: Any = module._modules[SLOT]
-    for entry in slot._modules.values():
-        if entry.key and entry.acts == "weight":
-            w = _mark(module, entry, None, w)
-    return w
-
-
-@functools.cache
-def _reading(cls: Any, name: str) -> type[nn.Module]:
-    """A subclass of *cls* whose parameter *name* is read through :func:`_read`.
-
-    For weights that are used without their module being called; parameters stay where they are.
-    """
-    members = {
-        name: property(lambda self: _read(self, name)),
-        "__reduce_ex__": lambda self, protocol: (_new, (cls, name), self.__dict__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        _BASE: cls,
-    }
-    return type(cls.__name__, (cls,), members)
-
-
-_BASE = "_peftfx_base_class"
-
-
-def _new(cls: Any, name: str) -> nn.Module:
-    adapted = _reading(cls, name)
-    return adapted.__new__(adapted)
-
-
-def place(module: nn.Module, site: Site, method: Method, acts: Acts) -> Entry:
-    """The entry of *method* at *module*, with the hook that serves *acts*; made where missing."""
-    slot = module._modules.get(SLOT)
-    if slot is None:
-        slot = Slot()
-        slot.train(module.training)
-        module.add_module(SLOT, slot)
-    entry = slot._modules.get(method.name)
-    if entry is None:
-        entry = Entry(site.name)
-        entry.train(module.training)
-        slot.add_module(method.name, entry)
-    assert isinstance(entry, Entry)
-    if acts in ("output", "tokens", "attention") and not hooked(module, after):
-        module.register_forward_hook(after, with_kwargs=True)
-    if acts == "input" and not hooked(module, before):
-        module.register_forward_pre_hook(before, with_kwargs=True)
-    if acts == "weight" and not hasattr(type(module), _BASE):
-        kind: Any = type(module)
-        module.__class__ = _reading(kind, site.parameter)
-    return entry
-
-
-def armed(module: nn.Module, acts: Acts) -> bool:
-    """Whether what makes an entry of *acts* fire is still in place."""
-    if acts == "weight":
-        return hasattr(type(module), _BASE)
-    return hooked(module, before if acts == "input" else after)
-
-
-def displace(module: nn.Module, method: str) -> None:
-    """Takes the entry of one method off *module*, and the slot with its last entry."""
-    slot = module._modules[SLOT]
-    assert slot is not None
-    del slot._modules[method]
-    if not slot._modules:
-        clear(module)
-
-
-def clear(module: nn.Module) -> None:
-    """Takes the slot and its hooks off *module*."""
-    module._modules.pop(SLOT, None)
-    unread(module)
-    for hooks, extra, hook in _tables(module):
-        for handle in [h for h, f in hooks.items() if f is hook]:
-            del hooks[handle]
-            extra.pop(handle, None)
-
-
-def unread(module: nn.Module) -> None:
-    """Lets the weight of *module* be read as it is again."""
-    if hasattr(type(module), _BASE):
-        module.__class__ = getattr(type(module), _BASE)
-
-
-def hooked(module: nn.Module, hook: Any) -> bool:
-    """Whether *hook* is among the module's hooks."""
-    return any(f is hook for hooks, _, h in _tables(module) if h is hook for f in hooks.values())
-
-
-def _tables(module: nn.Module) -> Iterator[tuple[dict[int, Any], dict[int, Any], Any]]:
-    yield module._forward_hooks, module._forward_hooks_with_kwargs, after
-    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before
 
 
 # -- the op --------------------------------------------------------------------------------------

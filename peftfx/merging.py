@@ -11,7 +11,8 @@ from peftfx.binding import Binding, bound, entry_of, parameter, refuse_fixed
 from peftfx.distributed import refuse_shards
 from peftfx.errors import BindError, MergeError
 from peftfx.install import set_keys
-from peftfx.methods.method import OF_BASE, Method
+from peftfx.methods import part
+from peftfx.methods.method import Method
 from peftfx.plans import Placement
 from peftfx.site import OUTPUT
 
@@ -41,11 +42,11 @@ def merge(model: nn.Module, *, untie: bool = False) -> nn.Module:
             if p.site.kind == OUTPUT:
                 raise MergeError("a module's output has no weight to merge into", site=p.site.name)
             _check_tied(plain, p, untie)
-            entry = entry_of(plain, p)
+            entry, owner = entry_of(plain, p), plain.get_submodule(p.site.module)
             tensors = entry.tensors()
-            tensors |= {OF_BASE + n: parameter(plain, _sibling(p, n)) for n in entry.reads}
+            tensors |= dict(zip(method.reads_at(p.site), entry.of_base(owner), strict=True))
             weight = merged.get(p.site.name, parameter(plain, p.site.name))
-            merged[p.site.name] = method.merge(weight, tensors, p.site)
+            merged[p.site.name] = part.merge(method, weight, tensors, p.site)
             _merge_bias(plain, p, method, tensors, merged)
     for name, value in merged.items():
         path, _, leaf = name.rpartition(".")
@@ -95,10 +96,6 @@ def restore_merged(model: nn.Module, binding: Binding) -> None:
     binding.unmerged.clear()
 
 
-def _sibling(p: Placement, name: str) -> str:
-    return f"{p.site.module}.{name}" if p.site.module else name
-
-
 def _merge_bias(
     model: nn.Module,
     p: Placement,
@@ -106,11 +103,16 @@ def _merge_bias(
     tensors: Mapping[str, Tensor],
     merged: dict[str, Tensor],
 ) -> None:
-    name = _sibling(p, "bias")
-    before = merged.get(name, model.get_submodule(p.site.module)._parameters.get("bias"))
-    after = method.merge_bias(before, tensors, p.site)
+    if p.site.bias is None:
+        part.merge_bias(method, None, tensors, p.site)  # raises where a bias has nowhere to go
+        return
+    own, start, stop = p.site.bias
+    name = f"{p.site.module}.{own}" if p.site.module else own
+    whole = merged.get(name, parameter(model, name))
+    before = whole[start:stop]
+    after = part.merge_bias(method, before, tensors, p.site)
     if after is not None and after is not before:
-        merged[name] = after
+        merged[name] = torch.cat([whole[:start], after, whole[stop:]])
 
 
 def _check_tied(model: nn.Module, p: Placement, untie: bool) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfx import attention, mark, places, sequence
+from peftfx import attention, multihead, places, sequence, slots
 from peftfx.bind import forms
 from peftfx.binding import (
     Adapter,
@@ -28,11 +28,11 @@ from peftfx.binding import (
     refuse_fixed,
     tensors_of,
 )
-from peftfx.checkpoint import read
 from peftfx.distributed import refuse_shards, refuse_unsummed
 from peftfx.errors import AdapterError, BindError, MergeError, OptimizerError
 from peftfx.install import base_of, create, install, place_all, waiting
 from peftfx.plans import Placement, make_plan
+from peftfx.reading import read
 from peftfx.registry import disown
 from peftfx.site import SLOT, sites
 from peftfx.spec import Spec
@@ -124,14 +124,14 @@ def remove(model: nn.Module, adapter: str) -> None:
     for tensors in gone.stored or []:
         for tensor in tensors.values():
             disown(tensor)
-    kept = {(p.site.module, p.method.name) for a in binding.adapters.values() for p in a.plan}
+    kept = {(p.site.name, p.method.name) for a in binding.adapters.values() for p in a.plan}
     for p in gone.plan:
-        if p.method.acts == "parameter" or (p.site.module, p.method.name) in kept:
+        if p.method.acts == "parameter" or (p.site.name, p.method.name) in kept:
             continue
-        mark.displace(model.get_submodule(p.site.module), p.method.name)
-    sequence.tidy(model)
-    attention.tidy(model)
-    places.tidy(model)
+        owner = model.get_submodule(p.site.module)
+        slots.displace(owner, slots.entry_name(p.site, p.method))
+    for tidied in (sequence, attention, places, multihead):
+        tidied.tidy(model)
 
 
 @torch.inference_mode(False)

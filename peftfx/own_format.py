@@ -1,4 +1,8 @@
-"""peftfx's own layout of an adapter: every tensor as it is, by ``<site>:<method>.<tensor>``."""
+"""peftfx's own adapter directories, which lose nothing.
+
+``peftfx.json``: the spec, and a fingerprint of the base weights that the adapter was trained on; it
+lies beside PEFT's files too. ``peftfx_model.safetensors``: the tensors.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,6 @@ from peftfx.binding import Tensors
 from peftfx.plans import Placement
 
 CONFIG, WEIGHTS = "peftfx.json", "peftfx_model.safetensors"
-
-
-def keys_of(placements: Sequence[Placement]) -> list[dict[str, str]]:
-    """The key of each tensor; what placements share has that of the first."""
-    first: dict[tuple[object, ...], str] = {}
-    return [
-        {n: first.setdefault(p.holder(n), f"{p.site.name}:{p.method.name}.{n}") for n in p.params}
-        for p in placements
-    ]
 
 
 class Layout(Protocol):
@@ -43,6 +38,10 @@ class Layout(Protocol):
         """The keys that the file has."""
         ...
 
+    def of_base(self, key: str) -> str | None:
+        """The parameter of the base that a key which is not expected may hold a copy of."""
+        ...
+
     def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
         """What the file holds, of all placements' tensors by key."""
         ...
@@ -52,8 +51,17 @@ class Layout(Protocol):
         ...
 
 
+def keys_of(placements: Sequence[Placement]) -> list[dict[str, str]]:
+    """``<site>:<method>.<tensor>`` of each tensor; what placements share has that of the first."""
+    first: dict[tuple[object, ...], str] = {}
+    return [
+        {n: first.setdefault(p.holder(n), f"{p.site.name}:{p.method.name}.{n}") for n in p.params}
+        for p in placements
+    ]
+
+
 class Directory:
-    """peftfx's own layout: every tensor as it is."""
+    """How tensors lie in peftfx's own weight file: every one as it is."""
 
     def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
         return keys_of(placements)
@@ -69,6 +77,9 @@ class Directory:
 
     def file_keys(self, placements: Sequence[Placement]) -> set[str]:
         return {key for names in keys_of(placements) for key in names.values()}
+
+    def of_base(self, key: str) -> str | None:
+        return None
 
     def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
         return values

@@ -1,29 +1,32 @@
-"""HF PEFT's configurations, read as specs."""
+"""HF PEFT's configurations, read as specs, and specs as configurations."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from peftfx import peft_prompts
-from peftfx.errors import SpecError
+from peftfx import peft_format, peft_prompts
+from peftfx.errors import CheckpointError, SpecError
 from peftfx.methods.method import Method, lookup, names
-from peftfx.methods.peft import PeftForm
+from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, suffix
 from peftfx.methods.peft_prompt import PromptForm
-from peftfx.peft_format import suffix
-from peftfx.site import SLOT, Site, sites
+from peftfx.plans import Plan, make_plan
+from peftfx.site import PACKED, SLOT, kind_of, sites
 from peftfx.spec import Spec
 
 _COMMON = {  # options of every configuration that this reader knows how to follow
     "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
-    "bias",
+    "ensure_weight_tying",
 }  # fmt: skip
 _HARMLESS = {  # about the bookkeeping of a training, not about what is computed
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
     "peft_version", "fan_in_fan_out",
 }  # fmt: skip
+_EMPTY: tuple[Any, ...] = (None, False, [], {}, 0, "", "none")
+_HEADS = ("score", "classifier")  # what PEFT takes for the heads of classifiers
 
 
 def spec_from_config(config: Any, model: nn.Module | None = None) -> Spec:
@@ -43,36 +46,68 @@ def spec_from_config(config: Any, model: nn.Module | None = None) -> Spec:
     content = {**form.defaults, **content}
     patterns = {pattern for _, pattern in form.varied.values()}
     known = {*_COMMON, *_HARMLESS, *form.options, *form.varied, *form.fixed, *form.special}
-    known |= {*form.takes}
+    known |= {*form.takes, *form.ignored}
     for key, value in content.items():
-        if key not in known | patterns | {*form.ignored} and value not in _EMPTY:
+        if key not in known | patterns and value not in _EMPTY:
             raise SpecError(f"the {kind} option {key}={value!r} is not supported")
-    if content.get("bias", "none") != "none":
-        raise SpecError(f"bias={content['bias']!r} is not supported", remedy="bias='none' is")
-    rule: dict[str, Any] = {"method": method.name, **_modules(content, model)}
+    rule: dict[str, Any] = {"method": method.name}
+    rule |= _selected(form, content) if model is None else {"name": _adapted(content, model)}
     for theirs, ours in (*form.options.items(), *((t, o) for t, (o, _) in form.varied.items())):
         if theirs in content:
             rule[ours] = content[theirs]
-    rule |= _patterns(form, content, model)
-    weights = None if model is None else _weights(model)
-    adapted = None
-    if model is not None and weights is not None:
-        matched = set(_matched(content, model))
-        adapted = {module: site for module, site in weights.items() if module in matched}
-    rules = form.rules(rule, content, adapted)
+    rule |= _patterns(form, content, rule["name"], model)
+    told = None if model is None else _known(content, rule["name"], model)
+    if content.get("ensure_weight_tying") and (told is None or told.tied):
+        raise SpecError("ensure_weight_tying=True gives tied weights one adapter: not supported")
+    rules = form.rules(rule, content, told.adapted if told is not None else None)
     for method, other in _forms():
         value = content.get(other.beside) if other.beside and other.beside in form.takes else None
-        if not value:
-            continue
-        if other.whole:
-            saved = sorted(value)
-            rules.append({"method": method.name, "name": [g for n in saved for g in (n, f"*.{n}")]})
-        else:
-            rules += other.rules_beside(method.name, value, weights)
+        if value not in _EMPTY:
+            rules += other.rules_beside(method.name, value, rule, content, told)
     return Spec.parse({"rules": rules})
 
 
-_EMPTY: tuple[Any, ...] = (None, False, [], {}, 0, "")
+def config_from_spec(spec: Spec, model: nn.Module, example: Any = None) -> dict[str, Any]:
+    """The PEFT configuration that trains on *model* what *spec* says.
+
+    Raises:
+        CheckpointError: PEFT has no way to say all of it.
+    """
+    plan, _ = make_plan(model, spec, example)
+    written = peft_prompts if peft_prompts.meant(plan.placements) else peft_format
+    placements, starts = [], []
+    for p in plan:
+        method, start = p.method.peft.fresh(p.method) if p.method.peft else (p.method, {})
+        placements.append(replace(p, method=method))
+        if start and start not in starts:
+            starts.append(start)
+    content = written.config_from(model, placements)
+    if len(starts) > 1:
+        raise CheckpointError(f"PEFT has one {', '.join(starts[0])} for all sites")
+    content |= {**(starts[0] if starts else {}), "inference_mode": False}
+    back = spec_from_config(content, model)
+    lost = _lost(spec, plan, back, make_plan(model, back, example)[0])
+    if lost is not None:
+        raise CheckpointError(f"a PEFT configuration does not say {lost}")
+    return content
+
+
+def _lost(spec: Spec, plan: Plan, back: Spec, again: Plan) -> str | None:
+    """What *back*, read from a configuration, has lost of *spec*."""
+    found = {(p.site.name, p.method.name): p for p in again}
+    for p in plan:
+        other = found.get((p.site.name, p.method.name))
+        if other is None:
+            return f"{p.method.name} at {p.site.name}"
+        for key, value in vars(p.method).items():
+            if vars(other.method)[key] != value:
+                return f"{key}: {value} at {p.site.name}"
+        if p.site.part != other.site.part:
+            return f"rows of {p.site.name}"
+        rates = spec.rules[p.rule].rates_at(p.site).to_dict()
+        if rates != back.rules[other.rule].rates_at(p.site).to_dict():
+            return f"{', '.join(rates)} at {p.site.name}"
+    return None
 
 
 def _forms() -> Iterator[tuple[type[Method], PeftForm]]:
@@ -92,104 +127,152 @@ def _meant(kind: str, content: Mapping[str, Any]) -> tuple[type[Method], PeftFor
     raise SpecError(f"peft_type {kind!r} is not supported", remedy=f"these are: {', '.join(types)}")
 
 
-def _modules(content: Mapping[str, Any], model: nn.Module | None) -> dict[str, Any]:
-    targets = content.get("target_modules")
-    if not targets:
-        raise SpecError("the configuration has no target_modules")
-    if model is not None:
-        return {"name": _matched(content, model)}
-    if isinstance(targets, str) or content.get("layers_pattern"):
-        raise SpecError(
-            "modules are chosen by an expression: it takes the model to say which",
-            remedy="peftfx.load(model, directory) resolves it",
-        )
-    chosen: dict[str, Any] = {"name": [g for t in sorted(targets) for g in (t, f"*.{t}")]}
-    excluded = content.get("exclude_modules")
-    if isinstance(excluded, str):
-        raise SpecError("exclude_modules is an expression: it takes the model to say which")
-    if excluded:
-        chosen["except"] = [g for t in sorted(excluded) for g in (t, f"*.{t}")]
-    layers = content.get("layers_to_transform")
-    if layers is not None:
-        chosen["layers"] = layers
+# -- which modules ---------------------------------------------------------------------------------
+
+
+def _selected(form: PeftForm, content: Mapping[str, Any]) -> dict[str, Any]:
+    """The selectors that a configuration amounts to on any model."""
+    targets, parameters = content.get("target_modules"), content.get("target_parameters")
+    excluded, layers = content.get("exclude_modules"), content.get("layers_to_transform")
+    if not targets and not parameters:
+        raise _no_targets()
+    if isinstance(targets, str) or isinstance(excluded, str) or content.get("layers_pattern"):
+        raise _expressions("modules are chosen by an expression")
+    if layers not in (None, []):
+        raise _expressions("layers_to_transform is not for modules that are named in full")
+    if targets and parameters:
+        raise _expressions("both target_modules and target_parameters are given")
+    chosen: dict[str, Any] = {"name": _globs(targets or parameters or ())}
+    if left_out := [*(excluded or ()), *(content.get("modules_to_save") or ())]:
+        chosen["except"] = _globs(left_out)
+    if kinds := [k for k in form.kinds if (k == "parameter") == (not targets)]:
+        chosen["kind"] = kinds
     return chosen
 
 
-def _matched(content: Mapping[str, Any], model: nn.Module) -> list[str]:
-    """Names of the modules that PEFT would adapt, as globs of one module each."""
-    targets, excluded = content["target_modules"], content.get("exclude_modules") or []
-    layers = content.get("layers_to_transform")
-    wanted = {layers} if isinstance(layers, int) else set(layers or ())
-    names = []
+def _globs(targets: Iterable[str]) -> list[str]:
+    return [g for t in sorted(targets) for g in (t, f"*.{t}")]
+
+
+def _no_targets() -> SpecError:
+    return SpecError(
+        "the configuration has no target_modules",
+        remedy="name them; PEFT's defaults for known architectures are not read",
+    )
+
+
+def _expressions(why: str) -> SpecError:
+    return SpecError(
+        f"{why}: it takes the model to say which are meant",
+        remedy="Spec.from_peft(config, model), or peftfx.load(model, directory)",
+    )
+
+
+def _adapted(content: Mapping[str, Any], model: nn.Module) -> list[str]:
+    """What PEFT would adapt, as globs of one module or parameter each."""
+    targets, parameters = content.get("target_modules"), content.get("target_parameters")
+    if not targets and not parameters:
+        raise _no_targets()
+    if isinstance(targets, str) and targets.lower() == "all-linear":
+        targets = _all_linear(content, model)
+    found = []
     for name, module in model.named_modules():
-        if not name or SLOT in name.split(".") or not _chosen(targets, name):
+        if SLOT in name.split("."):
             continue
-        if excluded and _chosen(excluded, name):
-            continue
-        if layers is not None and _layer(name, content.get("layers_pattern")) not in wanted:
-            continue
-        if isinstance(module, nn.MultiheadAttention):
-            names += [f"{name}.in_proj_weight", f"{name}.out_proj"]
-        else:
-            names.append(name)
-    if not names:
+        if name and _targeted(targets or (), content, name):
+            if not isinstance(module, nn.MultiheadAttention):
+                found.append(name)
+            elif module.in_proj_weight is None:
+                raise SpecError(f"PEFT adapts packed projections, and {name} has separate ones")
+            else:
+                found += [f"{name}.{PACKED}", f"{name}.out_proj"]
+        own = [f"{name}.{p}" for p, _ in module.named_parameters(recurse=False) if name]
+        found += [n for n in own if any(suffix(n, t) for t in parameters or ())]
+    if not found:
         raise SpecError(
             f"target_modules {targets!r} name no module of this {type(model).__name__}",
             remedy="load the adapter on the architecture that it was trained on",
         )
-    return names
+    return found
 
 
-def _weights(model: nn.Module) -> dict[str, Site]:
-    """The weights of a model, by module."""
-    return {s.module: s for s in sites(model) if s.parameter == "weight" and not s.computed}
+def _targeted(targets: Any, content: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT's own rules mean a module."""
+    excluded = content.get("exclude_modules") or ()
+    if expression(excluded, name) if isinstance(excluded, str) else _named(excluded, name):
+        return False
+    saved = content.get("modules_to_save") or ()
+    if any(expression(rf"(.*\.)?({s})(\..*)?", name) for s in saved):
+        return False
+    if isinstance(targets, str):
+        return expression(targets, name)
+    layers = content.get("layers_to_transform")
+    if name in targets or layers in (None, []):  # PEFT asks no layer of what is named in full
+        return _named(targets, name)
+    wanted = {layers} if isinstance(layers, int) else {*layers}
+    return _named(targets, name) and _layer(name, content.get("layers_pattern")) in wanted
+
+
+def _named(targets: Iterable[str], name: str) -> bool:
+    return any(suffix(name, t) for t in targets)
 
 
 def _layer(name: str, pattern: Any) -> int | None:
+    """The number that PEFT takes for the layer's."""
+    lists = [pattern] if isinstance(pattern, str) and pattern else list(pattern or ())
     parts = name.split(".")
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern or [])
     for i in range(1, len(parts) - 1):
-        if parts[i].isdigit() and (parts[i - 1] in patterns if patterns else i >= 2):
+        before = ".".join(parts[:i])
+        if parts[i].isdigit() and (
+            any(expression(rf"(.*\.)?({p})", before) for p in lists) if lists else i >= 2
+        ):
             return int(parts[i])
     return None
 
 
-def _chosen(targets: Any, name: str) -> bool:
-    if isinstance(targets, str):
-        return _expression(targets, name)
-    return any(suffix(name, t) for t in targets)
+def _all_linear(content: Mapping[str, Any], model: nn.Module) -> set[str]:
+    """Names of all linears but the head, as PEFT finds it."""
+    found = {n: m for n, m in model.named_modules() if kind_of(m) in LINEARS}
+    hf = any(c.__name__ == "PreTrainedModel" for c in type(model).__mro__)
+    find = getattr(model, "get_output_embeddings", None) if hf else None
+    task = getattr(content.get("task_type"), "value", content.get("task_type"))
+    heads = [find()] if find is not None else []
+    if find is not None and heads == [None] and task == "SEQ_CLS":
+        heads = [getattr(model, n) for n in _HEADS if hasattr(model, n)][:1]
+    return {n for n, m in found.items() if not any(m is head for head in heads)}
 
 
-def _expression(pattern: str, name: str, prefix: str = "") -> bool:
-    """``re.fullmatch`` in linear time, whatever the expression."""
-    import re2
-
-    try:
-        return re2.fullmatch(prefix + f"({pattern})", name) is not None
-    except re2.error as error:
-        raise SpecError(
-            f"the expression {pattern[:80]!r} is not supported: {error}",
-            remedy="list the modules instead; look-around and back references are not read",
-        ) from None
+def _known(content: Mapping[str, Any], adapted: Iterable[str], model: nn.Module) -> Known:
+    every = list(sites(model))
+    weights = {s.module: s for s in every if s.parameter == "weight" and not s.computed}
+    modules = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
+    find = getattr(model, "get_input_embeddings", None)
+    table = next((n for n, m in model.named_modules() if find is not None and m is find()), None)
+    wanted = {*adapted}
+    return Known(
+        weights=weights,
+        adapted={m: s for m, s in weights.items() if m in wanted},
+        parameters=tuple(s.name for s in every),
+        modules=tuple(n for n in modules if SLOT not in n.split(".")),
+        table=table,
+        tied=any(s.aliases for s in every),
+    )
 
 
 def _patterns(
-    form: PeftForm, content: Mapping[str, Any], model: nn.Module | None
+    form: PeftForm, content: Mapping[str, Any], adapted: Iterable[str], model: nn.Module | None
 ) -> dict[str, Any]:
     """Values by module, such as ``rank_pattern``, as overrides."""
     overrides: list[dict[str, Any]] = []
     for option, key in form.varied.values():
         patterns = content.get(key) or {}
         if patterns and model is None:
-            raise SpecError(
-                f"{key} holds expressions: it takes the model to say which modules they mean",
-                remedy="peftfx.load(model, directory) resolves them",
-            )
-        if not patterns or model is None:
-            continue
+            raise _expressions(f"{key} holds expressions")
         by_value: dict[Any, list[str]] = {}
-        for name in _matched(content, model):
-            found = next((p for p in patterns if _expression(p, name, r"(.*\.)?")), None)
+        for name in adapted if patterns else ():
+            # of an nn.MultiheadAttention, PEFT asks for both of its parts at once
+            asked = name.removesuffix(f".{PACKED}")
+            found = next((p for p in patterns if expression(rf"(.*\.)?({p})", asked)), None)
             if found is not None:
                 by_value.setdefault(patterns[found], []).append(name)
         overrides += [{"name": names, option: value} for value, names in by_value.items()]

@@ -9,24 +9,19 @@ What PEFT cannot represent exactly is refused with the reason, and never written
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
 from peftfx.binding import Tensors
 from peftfx.errors import CheckpointError, SpecError
-from peftfx.methods.peft import PeftForm
+from peftfx.methods.peft import PeftForm, Placed, suffix
 from peftfx.plans import Placement
-from peftfx.site import SLOT
+from peftfx.site import PACKED, SLOT, Site
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-
-
-def suffix(name: str, tail: str) -> bool:
-    """Whether PEFT's target *tail* names the module *name*."""
-    return name == tail or name.endswith("." + tail)
+PREFIX = "base_model.model."
 
 
 def config_from(model: nn.Module, placements: Sequence[Placement]) -> dict[str, Any]:
@@ -47,16 +42,20 @@ def config_from(model: nn.Module, placements: Sequence[Placement]) -> dict[str, 
     options = {theirs: _only(form, main, ours) for theirs, ours in form.options.items()}
     if form.whole:
         _covers(model, main)
-    modules = _targets(main)
+    targets = _targets(main)
     for theirs, (ours, pattern) in form.varied.items():
         values = [_whole(form.value(p.method, ours)) for p in main]
         options[theirs] = usual = Counter(values).most_common(1)[0][0]
-        options[pattern] = _pattern(modules, values, usual, ours)
+        options[pattern] = _pattern(targets, values, usual, ours)
     every = [n for n, _ in model.named_modules() if n and SLOT not in n.split(".")]
     try:
-        options |= {**form.fixed} | form.more([(p.site, p.method) for p in main])
+        options |= {**form.fixed} | form.more(_placed(main))
+        options |= {"modules_to_save": None, **_besides(model, form, main, others)}
     except SpecError as error:
         raise CheckpointError(error.message) from None
+    modules = [t for t, p in zip(targets, main, strict=True) if p.site.kind != "parameter"]
+    if bare := [p.site.name for p in main if p.site.kind == "parameter"]:
+        options["target_parameters"] = _parameters(model, bare)
     return {
         "peft_type": form.type,
         "task_type": None,
@@ -65,9 +64,19 @@ def config_from(model: nn.Module, placements: Sequence[Placement]) -> dict[str, 
         "inference_mode": True,
         **options,
         "target_modules": _unambiguous(sorted(set(modules)), every),
-        "modules_to_save": None,
-        **_besides(model, form, others),
     }
+
+
+def _placed(placements: Sequence[Placement]) -> Placed:
+    return [(p.site, p.method) for p in placements]
+
+
+def _parameters(model: nn.Module, names: list[str]) -> list[str]:
+    """PEFT's target_parameters of bare parameters; it takes their names for endings."""
+    for other, _ in model.named_parameters():
+        if other not in names and any(suffix(other, n) for n in names):
+            raise CheckpointError(f"PEFT would read the name of another parameter as {other} too")
+    return sorted(names)
 
 
 def _form(placement: Placement) -> PeftForm:
@@ -106,11 +115,15 @@ def _untied(placements: Sequence[Placement]) -> list[Placement]:
     return found
 
 
-def _besides(model: nn.Module, form: PeftForm, others: Sequence[Placement]) -> dict[str, Any]:
+def _besides(
+    model: nn.Module, form: PeftForm, main: Sequence[Placement], others: Sequence[Placement]
+) -> dict[str, Any]:
     """The options of what stands beside the configuration's own type."""
     by_option: dict[str, list[Placement]] = {}
     for p in others:
         by_option.setdefault(str(_form(p).beside), []).append(p)
+    saved = {p.site.name for p in others if _form(p).whole}
+    free = [n for n, _ in model.named_parameters() if SLOT not in n.split(".") and n not in saved]
     found = {}
     for option, placed in by_option.items():
         if option not in form.takes:
@@ -118,7 +131,7 @@ def _besides(model: nn.Module, form: PeftForm, others: Sequence[Placement]) -> d
         if _form(placed[0]).whole:
             found[option] = modules_to_save(model, placed)
         else:
-            found[option] = _form(placed[0]).besides([(p.site, p.method) for p in placed])
+            found[option] = _form(placed[0]).besides(_placed(placed), _placed(main), free)
     return found
 
 
@@ -135,7 +148,7 @@ def _whole(value: Any) -> Any:
 
 def _targets(placements: Sequence[Placement]) -> list[str]:
     """PEFT's target of each placement; it adapts both projections of an nn.MultiheadAttention."""
-    packed = {p.site.module: p.method for p in placements if p.site.kind == "attention"}
+    packed = {p.site.module: p.method for p in placements if _packs(p.site)}
     by_module = {p.site.module: p.method for p in placements}
     for owner, method in packed.items():
         if by_module.get(f"{owner}.out_proj") != method:
@@ -145,8 +158,13 @@ def _targets(placements: Sequence[Placement]) -> list[str]:
     found = []
     for p in placements:
         parent = p.site.module.rpartition(".")[0]
-        found.append(parent if parent in packed else p.site.module)
+        inner = p.site.name if p.site.kind == "parameter" else p.site.module
+        found.append(parent if parent in packed else inner)
     return found
+
+
+def _packs(site: Site) -> bool:
+    return site.kind == "attention" and site.parameter == PACKED
 
 
 def _pattern(
@@ -201,26 +219,48 @@ def modules_to_save(model: nn.Module, trained: Sequence[Placement]) -> list[str]
     return sorted(covered)
 
 
+def _inner(path: str, wraps: Mapping[str, int]) -> str:
+    """Where PEFT has the module at *path*: ``base_layer`` is what a module was that it wraps.
+
+    Args:
+        wraps: how many times PEFT wraps a module, by its path.
+    """
+    found: list[str] = []
+    parts = path.split(".")
+    for depth, part in enumerate(parts, 1):
+        found.append(part)
+        if depth < len(parts):
+            found += ["base_layer"] * wraps.get(".".join(parts[:depth]), 0)
+    return ".".join(found)
+
+
 class Directory:
     """How the tensors of placements lie in PEFT's weight file."""
 
     def keys_of(self, placements: Sequence[Placement]) -> list[dict[str, str]]:
         """The keys of each placement's tensors, by the tensor's name."""
-        # PEFT wraps the output projection of a MultiheadAttention that it adapts twice
-        packed = {p.site.module for p in placements if p.site.kind == "attention"}
-        main = {p.method.name for p in _sort(placements)[0]}
+        own = _sort(placements)[0]
+        main = {p.method.name for p in own}
+        bare: dict[str, list[str]] = {}  # parameters by owner, each with a wrapper of its own
+        for p in own:
+            if p.site.kind == "parameter":
+                bare.setdefault(p.site.module, []).append(p.site.parameter)
+        wraps = {p.site.module: len(bare.get(p.site.module, "1")) for p in own}
         first: dict[tuple[object, ...], str] = {}  # of tied ones, PEFT writes one beside others
         found: list[dict[str, str]] = []
         for p in placements:
             if not p.method.trains:
                 found.append({})
                 continue
-            parent, _, leaf = p.site.module.rpartition(".")
-            path = f"{parent}.base_layer.{leaf}" if parent in packed else p.site.module
-            given = {"module": _PREFIX + path, "parameter": p.site.parameter}
-            beside = p.method.name not in main
+            site, beside = p.site, p.method.name not in main
+            path = PREFIX + _inner(site.module, wraps)
+            inner = path + ".base_layer" * wraps.get(site.module, 0)
+            if not beside and site.kind == "parameter":  # the first of the owner's is the innermost
+                order = sorted(bare[site.module], key=site.siblings.index)
+                path += ".base_layer" * (len(order) - 1 - order.index(site.parameter))
+            given = {"module": path, "inner": inner, "parameter": site.parameter}
             form = _form(p)
-            names = (form.names_beside if beside else form.names)(p.method, p.site)
+            names = (form.names_beside if beside else form.names)(p.method, site)
             keys = {n: key.format(**given) for n, key in names.items()}
             if beside:
                 keys = {n: first.setdefault(p.holder(n), key) for n, key in keys.items()}
@@ -229,11 +269,22 @@ class Directory:
 
     def optional(self, placements: Sequence[Placement]) -> set[str]:
         """Keys that may be missing."""
-        return {
+        missing = {
             keys[name]
             for p, keys in zip(placements, self.keys_of(placements), strict=True)
             for name in (_form(p).optional if p.method.trains else ())
         }
+        return missing | self._copies(placements)
+
+    def _copies(self, placements: Sequence[Placement]) -> set[str]:
+        """Keys that PEFT writes for nothing: with bias="all", of modules that it saves whole."""
+        saved = {
+            (p.site.module, p.site.parameter)
+            for p in placements
+            if p.method.trains and _form(p).whole and p.site.parameter == "bias"
+        }
+        copies = ("original_module", "modules_to_save")
+        return {f"{PREFIX}{m}.{copy}.{n}" for m, n in saved for copy in copies}
 
     def pack(self, placement: Placement, tensors: Tensors) -> Tensors:
         """A placement's tensors as PEFT has them."""
@@ -245,13 +296,18 @@ class Directory:
         """The keys that the file has."""
         return {key for names in self.keys_of(placements) for key in names.values()}
 
+    def of_base(self, key: str) -> str | None:
+        """The base's parameter of a key: PEFT adds embeddings that it adapts, or finds resized."""
+        return key.removeprefix(PREFIX).replace(".base_layer", "")
+
     def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
         """What the file holds, of tensors by key: these."""
         return values
 
     def part(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
         """The inverse of :meth:`join`."""
-        return values
+        copies = self._copies(placements)
+        return {key: value for key, value in values.items() if key not in copies}
 
     def unpack(self, placement: Placement, tensors: Tensors) -> Tensors:
         """The inverse of :meth:`pack`."""

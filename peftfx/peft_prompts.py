@@ -142,6 +142,10 @@ class Directory:
         _, _, others = _parts(placements)
         return {WHOLE, *(_PREFIX + p.site.name for p in others)}
 
+    def of_base(self, key: str) -> str | None:
+        """Nothing of the base is in the file."""
+        return None
+
     def join(self, placements: Sequence[Placement], values: Tensors) -> Tensors:
         """What the file holds, of tensors by key."""
         form, main, _ = _parts(placements)

@@ -139,6 +139,7 @@ def make_plan(
     spec = Spec.of(spec)
     selectors = [s for r in spec.rules for s in (r.selector, *(o.selector for o in r.overrides))]
     needed = any(s.role or s.stack or OUTPUT in s.kind for s in selectors)
+    needed |= any(r.rows.named for r in spec.rules)
     placed = any(r.method.acts in ("tokens", "attention") for r in spec.rules)
     traced = trace(model, example) if needed or placed or example is not None else None
     if traced is None:
@@ -189,9 +190,11 @@ def resolve(
                 if method.acts != "parameter" and method.accepts(site) is None:
                     raise _computed(rule, site)
                 continue
-            reason = method.accepts(site) or _partly(rule, site)
+            part = rule.rows.of(site)
+            reason = part if isinstance(part, str) else _refused(rule, method, part)
             if reason is None:
-                placed.append(Placement(site, method, number, rule.where))
+                assert isinstance(part, Site)
+                placed.append(Placement(part, method, number, rule.where))
             else:
                 refusals.append(Refusal(site, number, reason))
         if not placed:
@@ -269,6 +272,13 @@ def _over(placed: list[Placement]) -> list[Placement]:
     return [replace(p, method=told[p.method]) for p in placed]
 
 
+def _refused(rule: Rule, method: Method, site: Site) -> str | None:
+    """Why a rule does not act at *site*, None where it does."""
+    if site.part and method.acts_at(site) not in ("output", "weight"):
+        return f"{method.name} acts on more than rows of what this computes"
+    return method.accepts(site) or (None if rule.rows.said else _partly(rule, site))
+
+
 def _partly(rule: Rule, site: Site) -> str | None:
     """A fused projection is taken whole or not at all: no role of it may be left out silently."""
     if not rule.selector.role or not site.rows or rule.method.acts in ("tokens", "attention"):
@@ -277,14 +287,14 @@ def _partly(rule: Rule, site: Site) -> str | None:
     if missing:
         return (
             f"one weight computes {', '.join(sorted(site.rows))}: ask for {', '.join(missing)} "
-            "too, or select it by name"
+            "too, select it by name, or take a part of it: `rows: query`"
         )
     known = [rows for rows in site.rows.values() if rows]
     covered = sum(stop - start for rows in known for start, stop in rows)
     if len(known) == len(site.rows) and covered < (width := _width(site)):
         return (
             f"{width - covered} of its {width} output features are not "
-            f"{', '.join(sorted(site.rows))}: select it by name"
+            f"{', '.join(sorted(site.rows))}: select it by name, or take rows of it"
         )
     return None
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from peftfx.methods.method import lookup, names
 from peftfx.rates import DOCS, KEYS
-from peftfx.select import KINDS, ROLES
-from peftfx.site import STACKS
+from peftfx.select import ROLES
+from peftfx.site import KINDS, STACKS
 from peftfx.spec import DTYPES, VERSION, model_of
 
 _TEXTS = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}

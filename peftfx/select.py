@@ -10,7 +10,7 @@ from typing import Any
 
 from peftfx.errors import SpecError, nearest
 from peftfx.methods.method import Method
-from peftfx.site import STACKS, Site
+from peftfx.site import KINDS, STACKS, Site
 
 SELECTORS = ("name", "role", "kind", "layers", "stack", "except")
 _ATTENTION = ("query", "key", "value", "output")
@@ -23,10 +23,6 @@ ROLES = (
     "block",
     "embedding.token", "embedding.position", "embedding.patch", "embedding",
     "head", "norm", "conv", "router", "experts", "tokens",
-)  # fmt: skip
-KINDS = (
-    "linear", "hf_conv1d", "embedding", "conv1d", "conv2d", "conv3d", "norm", "attention",
-    "parameter", "output",
 )  # fmt: skip
 _LAYERS = re.compile(r"(\d{1,6})-(\d{1,6})|(last|first|every) (\d{1,6})|(\d{1,6})")
 
@@ -82,7 +78,13 @@ class Selector:
             and (self.layers is None or site.layer in self._indexes(layer_count))
             and (not self.stack or site.stack in self.stack)
             and not (self.except_ and _excluded(self.except_, site))
+            and (within or site.kind != "parameter" or self._asks_for_bare(site))
         )
+
+    def _asks_for_bare(self, site: Site) -> bool:
+        """A bare parameter may be anything: it is meant if its name, its kind or a role says so."""
+        ends = any(glob.endswith(site.parameter) for glob in self.name)
+        return ends or "parameter" in self.kind or bool(self.role)
 
     def _indexes(self, count: int) -> range | tuple[int, ...]:
         layers = self.layers
@@ -143,6 +145,8 @@ def _named(globs: tuple[str, ...], site: Site, within: bool) -> bool:
     """
     tried: set[str] = set()
     same = [f"{path}.{site.parameter}" for path in site.paths]
+    if site.caller is not None:  # its name means the projection of its result too
+        tried.add(site.caller)
     for name in (site.name, *(site.aliases if within else same)):
         module = name.rpartition(".")[0]
         tried |= {name, module}

@@ -21,6 +21,7 @@ from peftfx.errors import SpecError, nearest
 from peftfx.methods.method import Method, lookup, names
 from peftfx.rates import KEYS as RATES
 from peftfx.rates import UNSAID, Rates
+from peftfx.rows import ALL, Rows
 from peftfx.select import SELECTORS, Selector
 from peftfx.site import Site
 from peftfx.spec_file import Document, Path_, read
@@ -51,6 +52,7 @@ class Rule:
     overrides: tuple[Override, ...] = ()
     where: str | None = field(default=None, compare=False)
     rates: Rates = UNSAID
+    rows: Rows = ALL
 
     def rates_at(self, site: Site) -> Rates:
         """The rates that hold at *site*."""
@@ -76,7 +78,7 @@ class Rule:
             if getattr(self.method, f.name) != f.default
         }
         content = {"method": self.method.name, **self.selector.to_dict(), **_plain(options)}
-        content |= self.rates.to_dict()
+        content |= {**self.rows.to_dict(), **self.rates.to_dict()}
         if self.overrides:
             content["overrides"] = [o.to_dict() for o in self.overrides]
         return content
@@ -120,11 +122,27 @@ class Spec:
         return cls.parse(spec)
 
     @classmethod
-    def from_peft(cls, config: Any) -> Spec:
-        """The spec that a configuration of HF PEFT, or its mapping, amounts to."""
+    def from_peft(cls, config: Any, model: Any = None) -> Spec:
+        """The spec that a configuration of HF PEFT, or its mapping, amounts to.
+
+        Args:
+            model: says which modules are meant, where expressions or patterns choose them.
+        """
         from peftfx.peft_config import spec_from_config
 
-        return spec_from_config(config)
+        return spec_from_config(config, model)
+
+    def to_peft(self, model: Any, example: Any = None) -> dict[str, Any]:
+        """The configuration of HF PEFT that trains the same on *model*.
+
+        ``peft.PeftConfig.from_peft_type(**spec.to_peft(model))``.
+
+        Raises:
+            CheckpointError: PEFT has no way to say all of it.
+        """
+        from peftfx.peft_config import config_from_spec
+
+        return config_from_spec(self, model, example)
 
     def to_dict(self) -> dict[str, Any]:
         """The spec as a mapping: ``Spec.parse(spec.to_dict()) == spec``."""
@@ -201,6 +219,7 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
     overrides = rule.pop("overrides", [])
     if not isinstance(overrides, (list, tuple)):
         raise SpecError("overrides is a list", where=document.where((*at, "overrides")))
+    rows = _rows(document, at, rule.pop("rows", None))
     selector, options, rates = _split(document, at, rule, method)
     made = _make(document, at, method, options)
     parsed = []
@@ -228,7 +247,15 @@ def _rule(document: Document, at: Path_, rule: Any) -> Rule:
             remedy="select by " + ", ".join(SELECTORS),
         )
     line = document.where(at) if document.lines else None
-    return Rule(made, selector, tuple(parsed), line, rates)
+    return Rule(made, selector, tuple(parsed), line, rates, rows)
+
+
+def _rows(document: Document, at: Path_, value: Any) -> Rows:
+    try:
+        return Rows.parse(value)
+    except SpecError as error:
+        where = document.where((*at, "rows"))
+        raise SpecError(error.message, where=where, remedy=error.remedy) from None
 
 
 def _options(method: type[Method]) -> list[str]:

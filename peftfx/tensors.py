@@ -26,6 +26,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
     "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+KNOWN = frozenset(DTYPES.values())
 _PICKLES = (b"\x80", b"PK\x03\x04", b"\x1f\x8b")
 
 
@@ -59,7 +60,7 @@ def read_header(path: str | os.PathLike[str]) -> dict[str, tuple[torch.dtype, tu
                 raise CheckpointError(
                     "the file is a pickle or an archive of one: it could run code",
                     where=where,
-                    remedy="convert it to safetensors with the tool that wrote it",
+                    remedy="`peftfx convert` reads PEFT's adapter_model.bin without running code",
                 )
             if len(start) < 8 or not _plausible(start, size):
                 raise CheckpointError("no safetensors header, or one cut short", where=where)
@@ -137,8 +138,8 @@ def _entry(name: str, entry: Any, where: str) -> tuple[torch.dtype, tuple[int, .
     return dtype, tuple(shape), offsets[0], offsets[1]
 
 
-def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a file, checked: well-formed and finite.
+def read(path: str | os.PathLike[str], *, finite: bool = True) -> dict[str, Tensor]:
+    """The tensors of a file, checked: well-formed and *finite*.
 
     Raises:
         CheckpointError: as :func:`read_header`, or a NaN or an infinity.
@@ -154,10 +155,15 @@ def read(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if set(tensors) != set(header):
         raise CheckpointError("the file changed while it was read", where=str(path))
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if finite and not is_finite(tensor):
             raise CheckpointError(
                 f"{name!r} holds NaN or infinity",
                 where=str(path),
                 remedy="the training that wrote it diverged; use an earlier checkpoint",
             )
     return tensors
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether *tensor* holds neither NaN nor infinity."""
+    return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())

@@ -18,9 +18,10 @@ console = Console(soft_wrap=True)
 
 def main() -> None:
     """Entry point of the ``peftfx`` script."""
-    from peftfx.cli import doctor, kernels, show, train
+    from peftfx.cli import adapters, doctor, kernels, show, train
 
-    assert doctor and kernels and show and train  # importing them adds their commands
+    # importing them adds their commands
+    assert adapters and doctor and kernels and show and train
     try:
         app()
     except PeftfxError as error:

@@ -19,7 +19,7 @@ from torch import Tensor
 from peftfx.errors import AdapterError, PlanError, SpecError
 from peftfx.methods.additive import LINEAR, LowRank
 from peftfx.methods.method import Param, Tensors, option
-from peftfx.methods.peft import PeftForm, Placed
+from peftfx.methods.peft import LINEARS, PeftForm, Placed
 from peftfx.site import Site
 
 
@@ -82,7 +82,7 @@ class AdaLoRA(LowRank):
             "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_ga_config",
             "arrow_config", "init_lora_weights",
         ),
-        kinds=(*LINEAR, "conv2d"),
+        kinds=(*LINEARS, "conv2d"),
     )  # fmt: skip
 
     rank: int = option("Rank of every site at the start.", 12)

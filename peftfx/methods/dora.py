@@ -21,7 +21,7 @@ from torch import Tensor
 from peftfx.methods.additive import CONV, LINEAR, channels, wide
 from peftfx.methods.lora import LORA, LoRA
 from peftfx.methods.method import Acts, Call, Method, Param, Tensors
-from peftfx.methods.peft import PeftForm
+from peftfx.methods.peft import LINEARS, PeftForm
 from peftfx.site import Site
 
 
@@ -34,14 +34,12 @@ class DoRA(LoRA):
     reads: ClassVar[tuple[str, ...]] = ("weight", "bias")
     paper: ClassVar[str] = "arXiv 2402.09353"
     peft: ClassVar[PeftForm | None] = replace(
-        LORA, fixed={"use_dora": True}, kinds=(*LINEAR, "embedding", *CONV)
+        LORA, fixed={"use_dora": True}, kinds=(*LINEARS, "embedding", *CONV)
     )
 
     def accepts(self, site: Site) -> str | None:
         if int(site.attrs.get("groups", 1)) > 1:
             return "a grouped convolution has no W + B·A to take the norm of"
-        if site.kind == "attention":
-            return "dora reads W where it is used, and nn.MultiheadAttention does not show that"
         return super().accepts(site)
 
     def acts_at(self, site: Site) -> Acts:

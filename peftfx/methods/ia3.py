@@ -9,16 +9,17 @@ feed-forward, which are the input of its second linear.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from peftfx.errors import MergeError, SpecError
-from peftfx.methods.additive import CONV, LINEAR, channels, wide
+from peftfx.errors import CheckpointError, MergeError, SpecError
+from peftfx.methods.additive import CONV, LINEAR, TABLE, TRANSPOSED, channels, plain, wide
 from peftfx.methods.method import Acts, Call, Method, Param, Tensors, option
-from peftfx.methods.peft import PeftForm, Placed
+from peftfx.methods.part import cut, put
+from peftfx.methods.peft import LINEARS, PeftForm, Placed, expression
 from peftfx.site import Site
 
 
@@ -26,22 +27,48 @@ class Ia3Form(PeftForm):
     """``IA3``; the modules that are scaled at their input are PEFT's ``feedforward_modules``."""
 
     def more(self, placed: Placed) -> dict[str, Any]:
-        fed = [s.module for s, m in placed if isinstance(m, IA3) and m.at == "input"]
+        at = {s.module: m.at for s, m in placed if isinstance(m, IA3)}
+        fed: Any = sorted(module for module, where in at.items() if where == "input")
+        if any(m.endswith(tuple(fed)) for m, where in at.items() if where == "output"):
+            fed = "|".join(m.replace(".", r"\.") for m in fed)  # PEFT asks no dot before an ending
         every = all(site.kind == "hf_conv1d" for site, _ in placed)
-        return {"feedforward_modules": sorted(set(fed)), "fan_in_fan_out": every}
+        return {"feedforward_modules": fed, "fan_in_fan_out": every}
+
+    def refusal(self, method: Method, site: Site) -> str | None:
+        whole = replace(site, attrs={k: v for k, v in site.attrs.items() if k != "part"})
+        return super().refusal(method, whole)
+
+    def pack(self, method: Method, site: Site, p: Tensors) -> dict[str, Tensor]:
+        if not site.part:
+            return super().pack(method, site, p)
+        ones = p["l"].new_ones(int(site.attrs["width"]), 1)
+        return {"l": put(ones, p["l"], site, 0)}
+
+    def unpack(self, method: Method, site: Site, p: Tensors) -> dict[str, Tensor]:
+        if not site.part:
+            return super().unpack(method, site, p)
+        part = cut(p["l"], site, 0)
+        if not torch.equal(put(torch.ones_like(p["l"]), part, site, 0), p["l"]):
+            raise CheckpointError("it has other rows than the spec says", site=site.name)
+        return {"l": part}
 
     def rules(
         self, rule: dict[str, Any], content: Mapping[str, Any], sites: Mapping[str, Site] | None
     ) -> list[dict[str, Any]]:
         fed = content.get("feedforward_modules") or []
-        if not fed:
-            return [rule]
+        if sites is not None:  # PEFT asks no dot before an ending
+            if isinstance(fed, str):
+                means = [s for s in sites if expression(fed, s)]
+            else:
+                means = [s for s in sites if s.endswith(tuple(fed))]
+            return [{**rule, "overrides": [{"name": means, "at": "input"}]} if means else rule]
         if isinstance(fed, str):
             raise SpecError(
-                "feedforward_modules is an expression", remedy="list the modules instead"
+                "feedforward_modules is an expression: it takes the model to say which are meant",
+                remedy="Spec.from_peft(config, model), or list the modules",
             )
-        names = [g for t in sorted(fed) for g in (t, f"*.{t}")]
-        return [{**rule, "overrides": [{"name": names, "at": "input"}]}]
+        names = [f"*{t}" for t in sorted(fed)]  # here too, no dot
+        return [{**rule, "overrides": [{"name": names, "at": "input"}]} if names else rule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +76,7 @@ class IA3(Method):
     """Rescales activations by trained vectors."""
 
     name: ClassVar[str] = "ia3"
-    kinds: ClassVar[tuple[str, ...]] = (*LINEAR, *CONV)
+    kinds: ClassVar[tuple[str, ...]] = (*LINEAR, *TABLE, *CONV, *TRANSPOSED, "parameter")
     baked: ClassVar[tuple[str, ...]] = ("at",)
     paper: ClassVar[str] = "arXiv 2205.05638"
     peft: ClassVar[PeftForm | None] = Ia3Form(
@@ -57,7 +84,7 @@ class IA3(Method):
         keys={"l": "{module}.ia3_l"},
         special=("feedforward_modules", "fan_in_fan_out"),
         ignored=("init_ia3_weights",),
-        kinds=(*LINEAR, "conv2d", "conv3d"),
+        kinds=(*LINEARS, "conv2d", "conv3d"),
     )
     example: ClassVar[Mapping[str, Any]] = {
         "name": ["*.k_proj", "*.v_proj", "*.down_proj"],
@@ -69,19 +96,21 @@ class IA3(Method):
     )
 
     def accepts(self, site: Site) -> str | None:
-        if self.at == "input" and site.attrs.get("padding_mode", "zeros") != "zeros":
-            return f"padding_mode={site.attrs['padding_mode']!r} is not supported"
+        if self.at == "input" and site.kind in TABLE:
+            return "the input of a table is rows, which cannot be scaled"
+        if self.at == "input" or site.kind in TABLE:
+            return super().accepts(site) or plain(site)
         return super().accepts(site)
 
     def acts_at(self, site: Site) -> Acts:
-        return self.at
+        return "weight" if site.kind == "parameter" else self.at
 
     def params(self, site: Site) -> dict[str, Param]:
         size = site.out_features if self.at == "output" else site.in_features
-        if site.kind in CONV:
+        if site.kind in (*CONV, *TRANSPOSED):
             shape: tuple[int, ...] = (1, size, *(1 for _ in site.shape[2:]))
-        else:
-            shape = (size, 1) if self.at == "output" else (1, size)
+        else:  # of a stack of matrices, for each
+            shape = (*site.shape[:-2], *((size, 1) if self.at == "output" else (1, size)))
         return {"l": Param(shape, torch.nn.init.ones_)}
 
     def apply(self, y: Tensor | None, x: Tensor, p: Tensors, call: Call) -> Tensor:
@@ -89,16 +118,16 @@ class IA3(Method):
         return (scaled * channels(p["l"], call.kind)).to(scaled.dtype)
 
     def merge(self, w: Tensor, p: Tensors, site: Site) -> Tensor:
-        scale = p["l"].reshape(-1).to(wide(w))
-        rows = self.at == "output"
-        if site.kind == "hf_conv1d":
-            rows = not rows
-        if site.kind in CONV and not rows:  # each group sees channels of its own
-            groups = int(site.attrs["groups"])
-            scale = scale.reshape(groups, -1).repeat_interleave(site.shape[0] // groups, 0)
-            scale = scale.reshape(*site.shape[:2], *(1 for _ in site.shape[2:]))
-        elif rows:
-            scale = scale.reshape(-1, *(1 for _ in site.shape[1:]))
+        out, into = site.axes
+        axis, other = (out, into) if self.at == "output" else (into, out)
+        scale = p["l"].to(wide(w))
+        if site.kind == "parameter":
+            scale = scale if site.axes == (-2, -1) else scale.mT
+        elif site.groups > 1 and axis == 1:  # each group has channels of its own
+            scale = scale.reshape(site.groups, -1).repeat_interleave(w.shape[0] // site.groups, 0)
+            scale = scale.reshape(*w.shape[:2], *(1 for _ in w.shape[2:]))
+        else:
+            scale = scale.reshape(-1, *(1 for _ in w.shape[2:])).unsqueeze(other)
         return (w.to(wide(w)) * scale).to(w.dtype)
 
     def merge_bias(self, bias: Tensor | None, p: Tensors, site: Site) -> Tensor | None:
@@ -107,7 +136,9 @@ class IA3(Method):
         return (bias * p["l"].reshape(-1)).to(bias.dtype)
 
     def weight_form(self, site: Site) -> str | None:
-        return None if self.at == "input" else super().weight_form(site)
+        if self.at == "input" or site.kind == "parameter":
+            return None
+        return super().weight_form(site)
 
     def mix(
         self, parts: Sequence[tuple[float, Method, Tensors]], site: Site

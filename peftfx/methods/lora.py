@@ -15,18 +15,19 @@ takes A from the inputs by ``peftfx.calibrate``.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from peftfx.errors import CheckpointError, PlanError, SpecError
-from peftfx.methods.additive import CONV, LINEAR, LowRank, kaiming, wide
-from peftfx.methods.method import Acts, Calibration, Method, Param, Tensors, option
-from peftfx.methods.peft import PeftForm, Placed
-from peftfx.site import Site
+from peftfx.methods.additive import CONV, LINEAR, TABLE, TRANSPOSED, LowRank, kaiming, wide
+from peftfx.methods.method import Calibration, Method, Param, Tensors, option
+from peftfx.methods.part import cut, put
+from peftfx.methods.peft import LINEARS, PeftForm, Placed
+from peftfx.site import PACKED, Site
 
 FROM_BASE = ("pissa", "olora")
 _INIT = {
@@ -38,11 +39,22 @@ _INIT = {
 
 
 class LoraForm(PeftForm):
-    """``LORA``; a start taken from the base is written as the LoRA of twice the rank that it is."""
+    """``LORA``; a start taken from the base is written as the LoRA of twice the rank that it is.
+
+    Of a part of a weight, the rows of B that it has not are zeros. A stack of matrices is PEFT's
+    ``target_parameters``: A ``[E·R, K]``, B ``[N, R·E]``.
+    """
 
     def refusal(self, method: Method, site: Site) -> str | None:
+        assert isinstance(method, LoRA)
         if site.kind in CONV and any(d != 1 for d in site.attrs["dilation"]):
             return f"PEFT drops the dilation of {site.module}"
+        if site.kind == "attention" and site.parameter != PACKED:
+            return f"PEFT adapts packed projections, and {site.module} has separate ones"
+        if site.kind == "attention" and method.bias:
+            return f"PEFT drops the bias on B at {site.module}"
+        if set(method.params(site)) <= {"A", "B", "bias", "A0", "B0"}:
+            site = replace(site, attrs={k: v for k, v in site.attrs.items() if k != "part"})
         return super().refusal(method, site)
 
     def value(self, method: Method, name: str) -> Any:
@@ -54,15 +66,14 @@ class LoraForm(PeftForm):
             return found * (math.sqrt(2) if method.rank_stabilized else 2)
         return found
 
-    def names(self, method: Method, site: Site) -> dict[str, str]:
-        found = {n: self.keys[n] for n in method.params(site) if n not in ("A0", "B0")}
-        if site.kind == "embedding":
-            found |= {n: "{module}.lora_embedding_" + n for n in "AB"}
-        return found
-
     def more(self, placed: Placed) -> dict[str, Any]:
         every = all(site.kind == "hf_conv1d" for site, _ in placed)
         return {"fan_in_fan_out": every, "init_lora_weights": True, "bias": "none"}
+
+    def fresh(self, method: Method) -> tuple[Method, dict[str, Any]]:
+        assert isinstance(method, LoRA)
+        start = True if method.init == "kaiming" else method.init
+        return replace(method, init="kaiming"), {"init_lora_weights": start}
 
     def rules(
         self, rule: dict[str, Any], content: Mapping[str, Any], sites: Mapping[str, Site] | None
@@ -83,22 +94,47 @@ class LoraForm(PeftForm):
         if "A0" in p:
             found["A"] = torch.cat([p["A"], p["A0"]])
             found["B"] = torch.cat([p["B"], -p["B0"]], 1)
+        for name, axis in _WIDE.items() if site.part else ():
+            if name in found:
+                shape = list(found[name].shape)
+                shape[axis] = site.attrs["width"]
+                found[name] = put(found[name].new_zeros(shape), found[name], site, axis)
+        if found["A"].ndim == 3 and site.kind == "parameter":
+            found["A"] = found["A"].flatten(0, 1)
+            found["B"] = found["B"].permute(1, 2, 0).flatten(1)
         return found
 
     def unpack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
         assert isinstance(method, LoRA)
         r, found = method.rank, dict(p)
-        if method.init not in FROM_BASE or p["A"].shape[:1] == (r,):
+        if site.kind == "parameter" and len(site.shape) == 3:
+            found = _stacked(found, site, r)
+        for name, axis in _WIDE.items() if site.part else ():
+            if name in found:
+                part, zeros = cut(found[name], site, axis), torch.zeros_like(found[name])
+                if not torch.equal(put(zeros, part, site, axis), found[name]):
+                    raise CheckpointError("it has other rows than the spec says", site=site.name)
+                found[name] = part
+        if method.init not in FROM_BASE or found["A"].shape[:1] == (r,):
             return found  # a start taken from the base is made from it again
-        if p["A"].shape[:1] != (2 * r,) or p["B"].shape[1:2] != (2 * r,):
+        a, b = found["A"], found["B"]
+        if a.shape[:1] != (2 * r,) or b.shape[1:2] != (2 * r,):
             raise CheckpointError(f"its rank is neither {r} nor {2 * r}", site=site.name)
-        return {
-            **found,
-            "A": p["A"][:r],
-            "A0": p["A"][r:],
-            "B": p["B"][:, :r],
-            "B0": -p["B"][:, r:],
-        }
+        return {**found, "A": a[:r], "A0": a[r:], "B": b[:, :r], "B0": -b[:, r:]}
+
+
+_WIDE = {"B": -2, "bias": -1}  # where a tensor has the width of the output
+
+
+def _stacked(p: dict[str, Tensor], site: Site, rank: int) -> dict[str, Tensor]:
+    """A ``[E, R, K]`` and B ``[E, N, R]`` of PEFT's A ``[E·R, K]`` and B ``[N, R·E]``."""
+    e, k, n = site.shape[0], site.in_features, int(site.attrs.get("width", site.out_features))
+    for name, shape in (("A", (e * rank, k)), ("B", (n, rank * e))):
+        if tuple(p[name].shape) != shape:
+            raise CheckpointError(
+                f"{name} is {list(p[name].shape)}, and {list(shape)} is needed", site=site.name
+            )
+    return {"A": p["A"].view(e, rank, k), "B": p["B"].view(n, rank, e).permute(2, 0, 1)}
 
 
 LORA = LoraForm(
@@ -107,18 +143,19 @@ LORA = LoraForm(
         "A": "{module}.lora_A.weight", "B": "{module}.lora_B.weight",
         "bias": "{module}.lora_B.bias", "magnitude": "{module}.lora_magnitude_vector",
     },
+    of_tables={n: "{module}.lora_embedding_" + n for n in "AB"},
+    joined=("A0", "B0"),
     options={"lora_dropout": "dropout", "use_rslora": "rank_stabilized", "lora_bias": "bias"},
     varied={"r": ("rank", "rank_pattern"), "lora_alpha": ("alpha", "alpha_pattern")},
     fixed={"use_dora": False},
     defaults={"lora_alpha": 8},
-    special=("init_lora_weights", "bias", "fan_in_fan_out"),
+    special=("init_lora_weights", "fan_in_fan_out", "target_parameters"),
     ignored=(
-        "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
-        "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_ga_config",
-        "arrow_config",
+        "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config",
+        "qalora_group_size", "lora_ga_config",
     ),
-    kinds=(*LINEAR, "embedding", *CONV, "attention"),
-    takes=("modules_to_save", "trainable_token_indices"),
+    kinds=(*LINEARS, "embedding", *CONV, "attention", "parameter"),
+    takes=("modules_to_save", "trainable_token_indices", "bias"),
 )  # fmt: skip
 
 
@@ -131,7 +168,7 @@ class LoRA(LowRank):
     """
 
     name: ClassVar[str] = "lora"
-    kinds: ClassVar[tuple[str, ...]] = (*LINEAR, "embedding", *CONV, "attention")
+    kinds: ClassVar[tuple[str, ...]] = (*LINEAR, *TABLE, *CONV, *TRANSPOSED, "parameter")
     baked: ClassVar[tuple[str, ...]] = ("dropout", "bias")
     paper: ClassVar[str] = "arXiv 2106.09685"
     peft: ClassVar[PeftForm | None] = LORA
@@ -165,18 +202,15 @@ class LoRA(LowRank):
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def accepts(self, site: Site) -> str | None:
-        packed = site.kind == "attention" and site.parameter == "in_proj_weight"
         if self.init not in ("kaiming", "gaussian") and site.kind not in LINEAR:
             return f"init {self.init} is for linears, this is {site.kind}"
-        return None if packed else super().accepts(site)
-
-    def acts_at(self, site: Site) -> Acts:
-        # what nn.MultiheadAttention projects is not among its inputs and outputs
-        return "weight" if site.kind == "attention" else "output"
+        if site.kind == "parameter" and (reason := self.weight_form(site)) is not None:
+            return reason
+        return super().accepts(site)
 
     def check(self, site: Site) -> None:
-        groups = int(site.attrs.get("groups", 1))
-        bound = min(site.in_features * math.prod(site.shape[2:]), site.out_features)
+        window = 1 if site.kind == "parameter" else math.prod(site.shape[2:])
+        bound, groups = min(site.in_features * window, site.out_features), site.groups
         if self.rank > bound:
             raise PlanError(
                 f"rank {self.rank} is larger than the weight {list(site.shape)} has",
@@ -190,17 +224,24 @@ class LoRA(LowRank):
 
     def params(self, site: Site) -> dict[str, Param]:
         zeros, normal = torch.nn.init.zeros_, torch.nn.init.normal_
+        r, k, n = self.rank, site.in_features, site.out_features
+        window = site.shape[2:]
         if site.kind in CONV:
-            groups = int(site.attrs["groups"])
-            a = (self.rank, site.in_features, *site.shape[2:])
-            b = (site.out_features, self.rank // groups, *(1 for _ in site.shape[2:]))
+            a, b = (r, k, *window), (n, r // site.groups, *(1 for _ in window))
+        elif site.kind in TRANSPOSED:
+            a, b = (k, r // site.groups, *window), (n, r // site.groups, *(1 for _ in window))
         else:
-            a, b = (self.rank, site.in_features), (site.out_features, self.rank)
-        first = kaiming if self.init != "gaussian" else lambda t: normal(t, std=1 / self.rank)
-        starts = (zeros, normal) if site.kind == "embedding" else (first, zeros)
+            stack = site.shape[:-2]  # of matrices
+            a, b = (*stack, r, k), (*stack, n, r)
+        first: Callable[[Tensor], object] = kaiming
+        if self.init == "gaussian":
+            first = lambda t: normal(t, std=1 / r)  # noqa: E731
+        elif site.kind == "parameter":
+            first = lambda t: kaiming(t.view(-1, k))  # noqa: E731 - each matrix by itself
+        starts = (zeros, normal) if site.kind in TABLE else (first, zeros)
         params = {"A": Param(a, starts[0], not self.freeze_a), "B": Param(b, starts[1])}
         if self.bias:
-            params["bias"] = Param((site.out_features,), zeros)
+            params["bias"] = Param((n,), zeros)
         if self.init in FROM_BASE:
             params |= {"A0": Param(a, zeros, False), "B0": Param(b, zeros, False)}
         return params

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import MergeError, NotAdaptedError, PlanError, SpecError, nearest
+from peftfx.methods import part
 from peftfx.methods.peft import PeftForm
 from peftfx.site import OUTPUT, Site
 
@@ -75,13 +76,15 @@ class Call:
     ``weight`` is the site's parameter with what the graph knows of it: kind, shape and attrs.
     Shapes of activations need not be known. ``seed`` is an int64 tensor of shape ``[]`` where
     :meth:`Method.draws` said that the method needs randomness, else None. Sites that share a seed
-    differ in ``site``, a small ordinal.
+    differ in ``site``, a small ordinal. ``given`` are inputs of the module beside the first, by
+    name (see :attr:`Site.inputs`).
     """
 
     weight: Site
     training: bool
     seed: Tensor | None = None
     site: int = 0
+    given: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -110,8 +113,8 @@ class Method(ABC):
         kinds: the site kinds it acts at (see :class:`peftfx.site.Site`).
         baked: options that :meth:`apply` reads. They are part of a mark's key, and two adapters
             that differ only in other options share their compiled graph.
-        reads: base parameters of the site's module that :meth:`apply` needs, by name; where the
-            module has them, they are in ``p``, as ``base.weight`` and the like.
+        reads: what :meth:`apply` needs of the base: ``weight``, ``bias``; where the module has
+            them, they are in ``p``, as ``base.weight`` and ``base.bias``.
         peft: how HF PEFT writes the method, None where PEFT does not have it.
         example: selectors and options of a rule that shows the method on a Llama.
     """
@@ -132,13 +135,13 @@ class Method(ABC):
         """None if the method can act at *site*, else the reason why not."""
         if site.kind not in self.kinds:
             return f"{self.name} acts at {', '.join(self.kinds)}, this is {site.kind}"
-        if site.kind != OUTPUT and site.parameter != "weight":
+        if site.kind != OUTPUT and not site.is_weight:
             return f"{self.name} acts at a module's weight, this is its {site.parameter}"
         return None
 
     def acts_at(self, site: Site) -> Acts:
         """Where the mark of *site* belongs, if nothing speaks against it."""
-        return self.acts
+        return "weight" if site.kind == "parameter" and self.acts == "output" else self.acts
 
     def over(self, sites: Sequence[Site]) -> Method:
         """The method with what it takes from all the sites that it acts at by one rule."""
@@ -244,7 +247,7 @@ class Method(ABC):
 
     def reads_at(self, site: Site) -> tuple[str, ...]:
         """What :attr:`reads` names of the module at *site*, as ``p`` has it."""
-        return tuple(OF_BASE + name for name in self.reads if name in site.siblings)
+        return tuple(OF_BASE + n for n in self.reads if n == "weight" or site.bias is not None)
 
     def key(self, site: Site, acts: Acts | None = None, strict: bool = False) -> str:
         """Everything of the method that a graph bakes in, as a string that guards can compare.
@@ -277,6 +280,7 @@ class Key:
     names: tuple[str, ...]
     strict: bool
     state: str = ""  # of the call at hand, see peftfx.sequence and peftfx.places
+    given: tuple[str, ...] = ()  # inputs of the call beside the first
 
     def apply(
         self,
@@ -288,7 +292,7 @@ class Key:
         seed: Tensor | None,
         site: int = 0,
     ) -> Tensor:
-        """The method's math on the tensors of a mark, in the order of ``names``."""
+        """The method's math on the tensors of a mark, in the order of ``names`` and ``given``."""
         if self.state == "unarmed":
             raise NotAdaptedError(
                 f"{self.method.name} acts on the whole model's sequence, and this is a part of the "
@@ -304,10 +308,12 @@ class Key:
                 "was not compiled by peftfx",
                 remedy="compile the model with backend=peftfx.backend(spec), or run it eagerly",
             )
-        p = dict(zip(self.names, tensors, strict=True))
+        values = dict(zip((*self.names, *self.given), tensors, strict=True))
+        given = {name: values.pop(name) for name in self.given}
         if self.acts == "weight":
-            return self.method.merge(x, p, self.weight)
-        return self.method.apply(y, x, p, Call(self.weight, training, seed, site))
+            return part.merge(self.method, x, values, self.weight)
+        call = Call(self.weight, training, seed, site, given)
+        return part.apply(self.method, y, x, values, call)
 
     def front(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Keys and values in front of an attention call, see :meth:`Method.front`."""
@@ -324,9 +330,10 @@ class Key:
 def decode(key: str) -> Key:
     """The inverse of :meth:`Method.key`; options that are not baked have their defaults.
 
-    A mark puts the state of its call in front of the key.
+    A mark puts the state of its call in front of the key, and the names of its other inputs.
     """
-    state, brace, rest = key.partition("{")
+    call, brace, rest = key.partition("{")
+    state, *given = call.split("+")
     content = json.loads(brace + rest)
     attrs = {n: tuple(v) if isinstance(v, list) else v for n, v in content.get("attrs", {}).items()}
     return Key(
@@ -336,6 +343,7 @@ def decode(key: str) -> Key:
         names=tuple(content["names"]),
         strict=content.get("strict", False),
         state=state,
+        given=tuple(given),
     )
 
 

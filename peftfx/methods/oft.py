@@ -36,10 +36,6 @@ class OftForm(PeftForm):
             return f"PEFT's {self.type} takes {site.module} for a square convolution"
         return super().refusal(method, site)
 
-    def names(self, method: Method, site: Site) -> dict[str, str]:
-        found = "{module}.oft_embedding_R.weight" if site.kind == "embedding" else self.keys["R"]
-        return {"R": found}
-
     def more(self, placed: Placed) -> dict[str, Any]:
         blocks = [(_width(s), m.block) for s, m in placed if isinstance(m, OFT)]
         most = max(b for _, b in blocks)
@@ -85,6 +81,7 @@ class OFT(Method):
     peft: ClassVar[PeftForm | None] = OftForm(
         "OFT",
         keys={"R": "{module}.oft_R.weight"},
+        of_tables={"R": "{module}.oft_embedding_R.weight"},
         options={"block_share": "share"},
         special=(
             "oft_block_size", "r", "use_cayley_neumann", "num_cayley_neumann_terms", "bias",

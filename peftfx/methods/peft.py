@@ -12,11 +12,48 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from peftfx.errors import SpecError
+
 if TYPE_CHECKING:
     from peftfx.methods.method import Method
     from peftfx.site import Site
 
 Placed = Sequence[tuple["Site", "Method"]]
+LINEARS = ("linear", "hf_conv1d")  # kinds that PEFT adapts as one
+
+
+def suffix(name: str, tail: str) -> bool:
+    """Whether PEFT's target *tail* names the module *name*."""
+    return name == tail or name.endswith("." + tail)
+
+
+def expression(pattern: str, name: str) -> bool:
+    """``re.fullmatch`` in linear time, whatever the expression."""
+    import re2
+
+    try:
+        return re2.fullmatch(pattern, name) is not None
+    except re2.error as error:
+        raise SpecError(
+            f"the expression {pattern[:80]!r} is not supported: {error}",
+            remedy="list the modules instead; look-around and back references are not read",
+        ) from None
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of the model that a configuration is read for.
+
+    ``weights`` are sites by module, ``adapted`` those that the configuration's own type means,
+    ``table`` the path of the token embedding, ``tied`` whether any weight has two names.
+    """
+
+    weights: Mapping[str, Site]
+    adapted: Mapping[str, Site]
+    parameters: tuple[str, ...]
+    modules: tuple[str, ...]
+    table: str | None
+    tied: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +63,8 @@ class PeftForm:
     Attributes:
         type: PEFT's ``peft_type``.
         keys: the key of each tensor, with ``{module}`` and ``{parameter}`` of the site.
+        of_tables: its keys at embeddings, if they are others.
+        joined: tensors without a key, which :meth:`pack` puts into others.
         options: PEFT's option -> ours, one value for all sites.
         varied: PEFT's option -> ours, and PEFT's option that holds other values by module.
         fixed: options that have one value wherever this method is meant.
@@ -43,6 +82,8 @@ class PeftForm:
 
     type: str
     keys: Mapping[str, str]
+    of_tables: Mapping[str, str] = field(default_factory=dict)
+    joined: tuple[str, ...] = ()
     options: Mapping[str, str] = field(default_factory=dict)
     varied: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -63,6 +104,8 @@ class PeftForm:
 
     def refusal(self, method: Method, site: Site) -> str | None:
         """Why PEFT cannot have *method* at *site*, or None."""
+        if site.part:
+            return f"PEFT's {self.type} takes whole weights, and of {site.name} some rows are taken"
         if self.kinds and site.kind not in self.kinds:
             return f"PEFT's {self.type} has no {site.kind}"
         return None
@@ -73,7 +116,8 @@ class PeftForm:
 
     def names(self, method: Method, site: Site) -> dict[str, str]:
         """The key of each tensor that the file has, by our name."""
-        return {name: self.keys[name] for name in method.params(site)}
+        keys = {**self.keys, **(self.of_tables if site.kind == "embedding" else {})}
+        return {name: keys[name] for name in method.params(site) if name not in self.joined}
 
     def names_beside(self, method: Method, site: Site) -> dict[str, str]:
         """The same where it stands in another type's configuration."""
@@ -93,17 +137,32 @@ class PeftForm:
         """
         return [rule]
 
-    def besides(self, placed: Placed) -> Any:
-        """What it writes as the option :attr:`beside`."""
+    def fresh(self, method: Method) -> tuple[Method, dict[str, Any]]:
+        """The method as a configuration has it before training, and what that says of its start."""
+        return method, {}
+
+    def besides(self, placed: Placed, main: Placed, free: Sequence[str]) -> Any:
+        """What it writes as the option :attr:`beside`.
+
+        Args:
+            main: what the configuration's own type acts at.
+            free: names of the base's parameters that are not in a module saved whole.
+        """
         raise NotImplementedError
 
     def rules_beside(
-        self, method: str, value: Any, sites: Mapping[str, Site] | None
+        self,
+        method: str,
+        value: Any,
+        rule: Mapping[str, Any],
+        content: Mapping[str, Any],
+        known: Known | None,
     ) -> list[dict[str, Any]]:
         """The rules that a value of the option :attr:`beside` amounts to.
 
         Args:
-            sites: all weights of the model, by module; None where there is no model.
+            rule: that of the configuration's own type.
+            known: None where there is no model.
         """
         raise NotImplementedError
 

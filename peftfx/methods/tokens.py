@@ -20,7 +20,7 @@ from torch import Tensor
 from peftfx.errors import MergeError, PlanError, SpecError
 from peftfx.methods.additive import plain
 from peftfx.methods.method import Call, Method, Param, Tensors, option
-from peftfx.methods.peft import PeftForm, Placed
+from peftfx.methods.peft import Known, PeftForm, Placed
 from peftfx.site import Site
 
 
@@ -38,7 +38,7 @@ class TokensForm(PeftForm):
             raise SpecError("PEFT has one list of tokens for all embeddings")
         return {"token_indices": list(ids.pop()), "init_weights": True}
 
-    def besides(self, placed: Placed) -> Any:
+    def besides(self, placed: Placed, main: Placed, free: Sequence[str]) -> Any:
         return {s.module: list(m.ids) for s, m in placed if isinstance(m, Tokens)}
 
     def rules(
@@ -48,14 +48,20 @@ class TokensForm(PeftForm):
         return [{**rule, "name": names, "ids": content.get("token_indices") or []}]
 
     def rules_beside(
-        self, method: str, value: Any, sites: Mapping[str, Site] | None
+        self,
+        method: str,
+        value: Any,
+        rule: Mapping[str, Any],
+        content: Mapping[str, Any],
+        known: Known | None,
     ) -> list[dict[str, Any]]:
-        if not isinstance(value, Mapping):
-            raise SpecError("trainable_token_indices names no module: it takes a mapping")
+        if not isinstance(value, Mapping):  # of the token embedding, whatever it is called
+            value = {(known and known.table) or "embed_tokens": value}
+        sites = known.weights if known is not None else None
         rules = []
         for module, ids in value.items():
-            found = [n for n in sites or () if n == module or n.endswith(f".{module}")]
-            names = [*(found or (module, f"*.{module}")), *_tied(found, sites)]
+            found = [n for n in sites or () if n.endswith(module)]
+            names = [*(found or [f"*{module}"]), *_tied(found, sites)]
             rules.append({"method": method, "name": names, "ids": list(ids)})
         return rules
 

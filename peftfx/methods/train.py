@@ -12,11 +12,28 @@ from torch import Tensor
 
 from peftfx.errors import SpecError
 from peftfx.methods.method import Acts, Method, Param, Tensors, option
-from peftfx.methods.peft import PeftForm
+from peftfx.methods.peft import Known, PeftForm
 from peftfx.site import Site
 
 VALUE = "value"
 BASE = "base"  # what the parameter was before, given to mix
+
+
+class TrainForm(PeftForm):
+    """``modules_to_save``: modules with all their parameters, beside any other type."""
+
+    def rules_beside(
+        self,
+        method: str,
+        value: Any,
+        rule: Mapping[str, Any],
+        content: Mapping[str, Any],
+        known: Known | None,
+    ) -> list[dict[str, Any]]:
+        if known is None:
+            return [{"method": method, "name": [f"*{n}" for n in sorted(value)]}]  # endings, too
+        found = [n for n in known.modules if n.endswith(tuple(value))]
+        return [{"method": method, "name": found}] if found else []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +47,7 @@ class Train(Method):
 
     name: ClassVar[str] = "train"
     acts: ClassVar[Acts] = "parameter"
-    peft: ClassVar[PeftForm | None] = PeftForm(
+    peft: ClassVar[PeftForm | None] = TrainForm(
         "",
         keys={VALUE: "{module}.{parameter}"},
         kinds=(),

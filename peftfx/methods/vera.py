@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from peftfx.errors import PlanError, SpecError
-from peftfx.methods.additive import LINEAR, LowRank
+from peftfx.methods.additive import LowRank
 from peftfx.methods.method import Method, Param, Tensors, option
-from peftfx.methods.peft import PeftForm, Placed
+from peftfx.methods.peft import LINEARS, PeftForm, Placed
 from peftfx.site import Site
 
 
@@ -49,7 +49,7 @@ class VeRA(LowRank):
         special=("save_projection", "bias", "fan_in_fan_out"),
         ignored=("init_weights",),
         optional=("A", "B"),
-        kinds=LINEAR,
+        kinds=LINEARS,
     )  # fmt: skip
 
     rank: int = option("Width R of the shared factors.", 256)

@@ -95,7 +95,15 @@ def test_train(base: Path, tmp_path: Path) -> None:
     assert "sound" in run("train", job, "--dry-run")
     result = json.loads(run("train", job, "--json").strip().splitlines()[-1])
     assert result["steps"] == 8 and result["accuracy"] == 1.0
-    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+    adapter = tmp_path / "out" / "adapter"
+    assert (adapter / "adapter_config.json").exists()
+    found = json.loads(run("inspect", adapter, "--json"))
+    assert found["type"] == "LORA" and found["finite"] and len(found["rules"]) == 2
+    assert "classifier" in run("inspect", adapter)
+    auto = ("-m", base, "--class", "AutoModelForSequenceClassification")
+    run("convert", adapter, tmp_path / "own", "--format", "peftfx", *auto)
+    assert json.loads(run("inspect", tmp_path / "own", "--json"))["values"] == found["values"]
+    assert "--model" in run("convert", adapter, tmp_path / "x", "--format", "peftfx", expect=2)
     again = json.loads(
         run("train", job, "--json", "--set", "resume=true", "--set", "epochs=3").splitlines()[-1]
     )

@@ -209,7 +209,7 @@ FOREIGN: dict[str, dict[str, Any]] = {  # edits of a config that PEFT alone wrot
     "no such modules": {"target_modules": ["nothing"]},
     "another method": {"peft_type": "BOFT"},
     "unknown meaning": {"use_dora": True},
-    "bias": {"bias": "all"},
+    "bias": {"bias": "some"},
     "hostile pattern": {"rank_pattern": {"([a-z_]+)+!(": 4}},
 }
 

@@ -1,0 +1,224 @@
+"""PEFT's files and configurations, both ways, option by option."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import peftfx
+from peftfx.backends import Backend
+from peftfx.errors import CheckpointError, SpecError
+from peftfx.spec import Spec
+from tests.helpers import fill, relative
+from tests.peft_options import IDS, OPTIONS, Model, Option
+
+EVERY = pytest.mark.parametrize("option", OPTIONS, ids=str)
+IGNORED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
+
+
+def base() -> Model:
+    torch.manual_seed(0)
+    return Model().eval().requires_grad_(False)
+
+
+def theirs(option: Option) -> nn.Module:
+    model: nn.Module = peft.get_peft_model(base(), option.config()).eval()
+    fill((p for p in model.parameters() if p.requires_grad), scale=0.4)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if p.requires_grad and ("ia3_l" in name or "magnitude" in name):
+                p.add_(1.0)
+    return model
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@IGNORED
+@EVERY
+def test_files_go_both_ways(option: Option, tmp_path: Path) -> None:
+    """PEFT writes, peftfx reads, writes, PEFT reads: the same outputs, the same tensors."""
+    written = theirs(option)
+    expected = written(IDS)
+    assert relative(expected, base()(IDS)) > 1e-2
+    written.save_pretrained(tmp_path / "theirs")
+    ours: Any = base()
+    peftfx.load(ours, tmp_path / "theirs", trainable=True, compile=False, example=(IDS,))
+    assert relative(ours(IDS), expected) < 1e-5
+    assert sum(p.numel() for p in peftfx.parameters(ours)) == trained(written)
+    expected.square().mean().backward()
+    ours(IDS).square().mean().backward()
+    want = sorted(float(p.grad.norm()) for p in written.parameters() if p.grad is not None)
+    got = sorted(float(p.grad.norm()) for p in peftfx.parameters(ours) if p.grad is not None)
+    assert torch.allclose(torch.tensor(got), torch.tensor(want), rtol=1e-3, atol=1e-6)
+
+    peftfx.save(ours, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(base(), tmp_path / "ours").eval()
+    assert relative(again(IDS), expected) < 1e-6
+    (tmp_path / "ours" / "peftfx.json").unlink()  # as PEFT alone would have written it
+    fresh: Any = base()
+    peftfx.load(fresh, tmp_path / "ours", compile=False, example=(IDS,))
+    assert torch.equal(fresh(IDS), ours(IDS))
+
+
+@IGNORED
+@EVERY
+def test_configurations_go_both_ways(option: Option) -> None:
+    """A configuration read as a spec, and written again, adapts the same modules alike."""
+    config, model = option.config(), base()
+    spec = Spec.from_peft(config, model)
+    plan = peftfx.plan(model, spec, (IDS,))
+    assert plan.trainable == trained(peft.get_peft_model(base(), config))
+    if option.alone:
+        other = peftfx.plan(model, Spec.from_peft(option.config()), (IDS,))
+        assert {(p.site.name, p.method) for p in other} == {(p.site.name, p.method) for p in plan}
+    else:
+        with pytest.raises(SpecError, match="takes the model"):
+            Spec.from_peft(option.config())
+    content = spec.to_peft(model, (IDS,))
+    made = peft.PeftConfig.from_peft_type(**content)
+    again = peft.get_peft_model(base(), made)
+    assert trained(again) == plan.trainable
+    first = peft.get_peft_model(base(), option.config())
+    assert sorted(n for n, p in again.named_parameters() if p.requires_grad) == sorted(
+        n for n, p in first.named_parameters() if p.requires_grad
+    )
+
+
+# -- what PEFT cannot say --------------------------------------------------------------------------
+
+LORA = {"method": "lora", "rank": 2}
+UNSAID: list[tuple[list[dict[str, Any]], str]] = [
+    ([{**LORA, "name": "*.q_proj", "freeze_a": True}], "freeze_a"),
+    ([{**LORA, "name": "*.q_proj", "plus": 4.0}], "plus"),
+    ([{**LORA, "name": "*.q_proj", "lr": 1e-3}], "lr"),
+    ([{**LORA, "name": "*.q_proj", "rows": "0-3"}], "rows"),
+    ([{**LORA, "name": "*.q_proj"}, {**LORA, "name": "*.k_proj", "init": "gaussian"}], "one init"),
+    ([{**LORA, "name": "*.q_proj"}, {"method": "bitfit", "name": "*.up"}], "all that is called"),
+    ([{**LORA, "name": "*.q_proj"}, {"method": "train", "name": "score.weight"}], "whole modules"),
+    ([{**LORA, "name": "*.q_proj"}, {"method": "ia3", "name": "*.k_proj"}], "in one adapter"),
+    ([{"method": "ia3", "name": "*.experts.up"}], "has no parameter"),
+]
+
+
+@pytest.mark.parametrize(("rules", "reason"), UNSAID, ids=lambda v: v if isinstance(v, str) else "")
+def test_what_peft_cannot_say_is_refused(rules: list[dict[str, Any]], reason: str) -> None:
+    with pytest.raises(CheckpointError, match=reason):
+        Spec.parse({"rules": rules}).to_peft(base(), (IDS,))
+
+
+HOSTILE: list[tuple[dict[str, Any], str]] = [
+    ({"target_modules": "([a-z_]+)+!"}, "name no module"),
+    ({"target_modules": "(?=q).*"}, "not supported"),
+    ({"exclude_modules": "(?<!a)q"}, "not supported"),
+    ({"modules_to_save": ["(?P<x>"]}, "not supported"),
+    ({"layers_to_transform": [0], "layers_pattern": "("}, "not supported"),
+    ({"rank_pattern": {"(": 3}}, "not supported"),
+    ({"target_modules": None}, "no target_modules"),
+    ({"bias": "some"}, "bias='some'"),
+    ({"arrow_config": {"top_k": 2}}, "arrow_config"),
+    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"layer_replication": [[0, 2]]}, "layer_replication"),
+    ({"alora_invocation_tokens": [1]}, "alora_invocation_tokens"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"init_lora_weights": "loftq"}, "changed the base"),
+    ({"peft_type": "VBLORA"}, "VBLORA"),
+]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), HOSTILE, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_configurations_that_are_refused(change: dict[str, Any], reason: str) -> None:
+    content = peft.LoraConfig(target_modules=["q_proj"]).to_dict()
+    with pytest.raises(SpecError, match=reason):
+        Spec.from_peft({**content, **change}, base())
+
+
+def test_tied_adapters_are_refused() -> None:
+    model = base()
+    content = peft.LoraConfig(target_modules=["q_proj"], ensure_weight_tying=True)
+    Spec.from_peft(content, model)  # nothing is tied here
+    model.mix_up.weight = model.decoder.layers[0].o_proj.weight = nn.Parameter(torch.randn(6, 6))
+    with pytest.raises(SpecError, match="ensure_weight_tying"):
+        Spec.from_peft(content, model)
+
+
+# -- rows of a fused weight ----------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """One product for queries, keys and values, of an nn.Linear or of GPT-2's Conv1D."""
+
+    def __init__(self, turned: bool) -> None:
+        super().__init__()
+        from transformers.pytorch_utils import Conv1D
+
+        self.qkv = Conv1D(15, 6) if turned else nn.Linear(6, 15)
+        self.out = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).split(5, -1)
+        return self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)  # type: ignore[no-any-return]
+
+
+X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["linear", "conv1d"])
+@pytest.mark.parametrize(
+    "rule",
+    [{**LORA, "rows": "5-9"}, {**LORA, "rows": ["0-4", "10-14"], "bias": True}, {"method": "ia3",
+     "rows": ["0-4", "10-14"]}],
+    ids=["lora", "lora biased", "ia3"],
+)  # fmt: skip
+@IGNORED
+def test_rows_are_zero_blocks_for_peft(rule: dict[str, Any], turned: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    plain = Fused(turned).eval().requires_grad_(False)
+    model = copy.deepcopy(plain)
+    Backend({"rules": [{**rule, "name": "qkv"}]}, "eager").bind(model, (X,))
+    fill(peftfx.parameters(model), scale=0.5)
+    expected = model(X)
+    assert relative(expected, plain(X)) > 1e-2
+    said = rule["rows"] if isinstance(rule["rows"], list) else [rule["rows"]]
+    taken = torch.zeros(15, dtype=torch.bool)
+    for text in said:
+        first, _, last = text.partition("-")
+        taken[int(first) : int(last) + 1] = True
+    assert torch.equal(model.qkv(X)[..., ~taken], plain.qkv(X)[..., ~taken])
+    assert not torch.equal(model.qkv(X)[..., taken], plain.qkv(X)[..., taken])
+
+    peftfx.save(model, tmp_path, format="peft")
+    values = load_file(tmp_path / "adapter_model.safetensors")
+    key = next(k for k in values if "lora_B.weight" in k or "ia3_l" in k)
+    rows = values[key].flatten(1) if rule["method"] == "lora" else values[key].view(-1, 1)
+    assert rows.shape[0] == 15
+    assert bool((rows[~taken] == (1.0 if rule["method"] == "ia3" else 0.0)).all())
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    if rule["method"] == "lora":
+        assert (config["r"], config["lora_alpha"]) == (2, 16)  # the scale stays
+    again = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path).eval()
+    assert relative(again(X), expected) < 1e-6
+
+    fresh = copy.deepcopy(plain)
+    peftfx.load(fresh, tmp_path, compile=False, example=(X,))
+    assert torch.equal(fresh(X), expected)
+    assert sum(p.numel() for p in peftfx.state_dict(fresh).values()) == sum(
+        p.numel() for p in peftfx.state_dict(model).values()
+    )
+    values[key] = values[key] + 0.5  # not what the spec says any more
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="other rows"):
+        peftfx.load(copy.deepcopy(plain), tmp_path, compile=False, example=(X,))
+    (tmp_path / "peftfx.json").unlink()  # then it is an adapter of the whole
+    peftfx.load(copy.deepcopy(plain), tmp_path, compile=False, example=(X,))
