@@ -6,6 +6,8 @@ from typing import Any
 
 from peftfx.methods.method import lookup, names
 from peftfx.rates import DOCS, KEYS
+from peftfx.rows import DOC as ROWS
+from peftfx.rows import NAMES as PARTS
 from peftfx.select import ROLES
 from peftfx.site import KINDS, STACKS
 from peftfx.spec import DTYPES, VERSION, model_of
@@ -20,7 +22,7 @@ def _choice(values: tuple[str, ...]) -> dict[str, Any]:
 
 def _selectors() -> dict[str, Any]:
     return {
-        "name": {**_TEXTS, "description": "Globs over module and parameter names."},
+        "name": {**_TEXTS, "description": "Globs over names of modules and parameters."},
         "role": {**_choice(ROLES), "description": "What a site is for, found by dataflow."},
         "kind": {**_choice(KINDS), "description": "Kind of the module that owns the site."},
         "layers": {
@@ -44,40 +46,50 @@ def _rates() -> dict[str, Any]:
     }
 
 
+def _rows() -> dict[str, Any]:
+    one = {"anyOf": [{"type": "string", "pattern": r"^\d{1,9}(-\d{1,9})?$"}, {"enum": [*PARTS]}]}
+    several = {"type": "array", "items": one, "minItems": 1}
+    return {"description": ROWS, "anyOf": [*one["anyOf"], several]}
+
+
+def _rule(name: str) -> dict[str, Any]:
+    """One form of a rule: that of a method."""
+    method = lookup(name)
+    doc = (method.__doc__ or "").strip().splitlines()[0]
+    options = model_of(method).model_json_schema().get("properties", {})
+    keys = {**_selectors(), **_rates(), **options}
+    overrides = {
+        "description": "Other values for some of the same sites; selectors say for which.",
+        "type": "array",
+        "items": {"type": "object", "properties": keys, "additionalProperties": False},
+    }
+    return {
+        "type": "object",
+        "title": name,
+        "description": doc,
+        "properties": {
+            "method": {"const": name, "description": doc},
+            **keys,
+            "rows": _rows(),
+            "overrides": overrides,
+        },
+        "required": ["method"],
+        "additionalProperties": False,
+    }
+
+
 def schema() -> dict[str, Any]:
     """The schema of a spec file; each method is one form of a rule."""
-    rules = []
-    for name in names():
-        method = lookup(name)
-        made = model_of(method).model_json_schema()
-        options = made.get("properties", {})
-        doc = (method.__doc__ or "").strip().splitlines()[0]
-        override = {
-            "type": "object",
-            "properties": {**_selectors(), **_rates(), **options},
-            "additionalProperties": False,
-        }
-        rules.append(
-            {
-                "type": "object",
-                "description": doc,
-                "properties": {
-                    "method": {"const": name},
-                    **_selectors(),
-                    **_rates(),
-                    **options,
-                    "overrides": {"type": "array", "items": override},
-                },
-                "required": ["method"],
-                "additionalProperties": False,
-            }
-        )
     return {
         "$schema": "http://json-schema.org/draft-07/schema#",
         "title": "peftfx spec",
         "type": "object",
         "properties": {
-            "version": {"const": VERSION},
+            "version": {
+                "const": VERSION,
+                "default": VERSION,
+                "description": "Version of the form of spec files.",
+            },
             "strict": {
                 "type": "boolean",
                 "default": False,
@@ -88,7 +100,12 @@ def schema() -> dict[str, Any]:
                 "default": "float32",
                 "description": "Of adapter tensors: float32 at least, or the base's.",
             },
-            "rules": {"type": "array", "items": {"anyOf": rules}, "minItems": 1},
+            "rules": {
+                "description": "Every rule that matches acts; what no rule names is frozen.",
+                "type": "array",
+                "items": {"anyOf": [_rule(name) for name in names()]},
+                "minItems": 1,
+            },
         },
         "required": ["rules"],
         "additionalProperties": False,

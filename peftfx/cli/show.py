@@ -1,4 +1,4 @@
-"""Commands that show and change nothing: plan, explain, check, methods, schema."""
+"""Commands that show and change no model: plan, explain, check, methods, schema, init, help."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import typer
 from rich.table import Table
 
 from peftfx.cli import app, console, sizes
+from peftfx.cli.errors import section
+from peftfx.drafting import draft
 from peftfx.errors import SaveError, SpecError
 from peftfx.explaining import explain as explain_model
 from peftfx.explaining import picture as draw_model
@@ -125,6 +127,42 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def schema() -> None:
-    """Print the JSON Schema of spec files, for editors."""
-    print(json.dumps(spec_schema(), indent=2))
+def schema(
+    file: Annotated[Path | None, typer.Argument(help="Write it there, for an editor.")] = None,
+) -> None:
+    """Print the JSON Schema of spec files, or write it to a file.
+
+    An editor with yaml-language-server follows the line it tells of, at the top of a spec.
+    """
+    text = json.dumps(spec_schema(), indent=2)
+    if file is None:
+        print(text)
+        return
+    file.write_text(text + "\n")
+    print(f"# yaml-language-server: $schema={file}")
+
+
+@app.command()
+def init(
+    model: Model,
+    method: Annotated[str, typer.Option("--method", help="See peftfx methods.")] = "lora",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Spec to write.")] = None,
+    auto: Auto = "AutoModel",
+) -> None:
+    """Write a first spec for a model: the roles it has, and every option with its default."""
+    text = draft(build(model, auto), method)
+    if output is None:
+        print(text, end="")
+        return
+    if output.exists():
+        raise SpecError("the file exists", where=str(output), remedy="choose another name")
+    output.write_text(text)
+    console.print(f"written: {output}", markup=False, highlight=False)
+
+
+@app.command("help")
+def help_(
+    error: Annotated[str, typer.Argument(help="Name of an error, as printed.")] = "",
+) -> None:
+    """Tell what an error means and what to do; all of them without a name."""
+    print(section(error))
