@@ -52,8 +52,9 @@ def _first(model: nn.Module, method: type[Method], roles: Roles, example: Any) -
             refused = refused or error
         else:
             return rule
+    assert refused is not None
     raise PlanError(
-        f"{method.name} finds no place in this {type(model).__name__}",
+        f"{method.name} finds no place in this {type(model).__name__}: {refused.message}",
         remedy="peftfx methods shows where each method acts",
     ) from refused
 
@@ -61,9 +62,11 @@ def _first(model: nn.Module, method: type[Method], roles: Roles, example: Any) -
 def _selectors(method: type[Method], roles: Roles) -> Iterator[dict[str, Any]]:
     shown = sorted({role for found in roles.found.values() for role in found})
     usual = [r for r in ("attention.query", "attention.value") if r in shown]
-    if method.acts in ("output", "input", "weight") and usual:
+    example = {k: v for k, v in method.example.items() if k in SELECTORS}
+    if example != Method.example:
+        yield example
+    if usual and method.acts != "parameter":
         yield {"role": usual}
-    yield {k: v for k, v in method.example.items() if k in ("name", "role", "kind")}
     yield {"role": ["tokens"]}
     outputs = {output.role for found in roles.outputs.values() for output in found}
     for role in [*shown, *sorted(outputs)]:
@@ -115,7 +118,7 @@ def _commented(start: str, key: str, default: str, about: str) -> Iterator[str]:
     """A key with its default, and what it means: on one line, or above it."""
     line = f"{start}{key}: {default}"
     if len(line) + len(about) + 4 <= WIDTH:
-        yield f"{line:<32}  # {about}"
+        yield f"{line:<{min(32, WIDTH - len(about) - 4)}}  # {about}"
         return
     yield from _wrapped(f"{start}  ", about)
     yield line

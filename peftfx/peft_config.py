@@ -17,11 +17,11 @@ from peftfx.plans import Plan, make_plan
 from peftfx.site import PACKED, SLOT, kind_of, sites
 from peftfx.spec import Spec
 
-_COMMON = {  # options of every configuration that this reader knows how to follow
+COMMON = {  # options of every configuration that this reader knows how to follow
     "peft_type", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
     "ensure_weight_tying",
 }  # fmt: skip
-_HARMLESS = {  # about the bookkeeping of a training, not about what is computed
+HARMLESS = {  # about the bookkeeping of a training, not about what is computed
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
     "peft_version", "fan_in_fan_out",
 }  # fmt: skip
@@ -45,7 +45,7 @@ def spec_from_config(config: Any, model: nn.Module | None = None) -> Spec:
         return peft_prompts.spec_from_config(method.name, form, content, model)
     content = {**form.defaults, **content}
     patterns = {pattern for _, pattern in form.varied.values()}
-    known = {*_COMMON, *_HARMLESS, *form.options, *form.varied, *form.fixed, *form.special}
+    known = {*COMMON, *HARMLESS, *form.options, *form.varied, *form.fixed, *form.special}
     known |= {*form.takes, *form.ignored}
     for key, value in content.items():
         if key not in known | patterns and value not in _EMPTY:

@@ -11,6 +11,7 @@ import torch
 import typer
 from rich.table import Table
 
+from peftfx import peft_support
 from peftfx.cli import app, console, sizes
 from peftfx.cli.errors import section
 from peftfx.drafting import draft
@@ -94,8 +95,14 @@ def check(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(
+    as_json: AsJson = False,
+    peft: Annotated[bool, typer.Option("--peft", help="What HF PEFT's files can say.")] = False,
+) -> None:
     """List the methods, their options, and how many values each trains on a Llama of 7B."""
+    if peft:
+        _support(as_json)
+        return
     content: dict[str, Any] = {}
     model = sizes.llama()
     for name in names():
@@ -123,6 +130,28 @@ def methods(as_json: AsJson = False) -> None:
         where = found["rule"].get("name") or found["rule"].get("kind") or "-"
         place = where if isinstance(where, str) else " ".join(where)
         table.add_row(name, about["acts"], about["about"], count, place, options)
+    console.print(table)
+
+
+def _support(as_json: bool) -> None:
+    said, read = peft_support.said(), peft_support.read()
+    if as_json:
+        print(json.dumps({"said": said, "read": read}, indent=2))
+        return
+    table = Table("method", "PEFT's type", "at", "options", "kept in peftfx.json alone")
+    for name, about in said.items():
+        options = about["options"]
+        table.add_row(
+            name,
+            about["type"] or "-",
+            " ".join(about["kinds"]) or "-",
+            ", ".join(f"{ours} = {theirs}" for ours, theirs in options.items() if theirs) or "-",
+            ", ".join(ours for ours, theirs in options.items() if not theirs) or "-",
+        )
+    console.print(table)
+    table = Table("PEFT's type", "options that are read", "passed over; any other is refused")
+    for name, options in read.items():
+        table.add_row(name, ", ".join(options["read"]), ", ".join(options["passed over"]))
     console.print(table)
 
 

@@ -77,6 +77,7 @@ class AdaLoRA(LowRank):
         },
         defaults={"lora_alpha": 8},
         special=("rank_pattern", "tinit", "tfinal", "total_step", "bias", "fan_in_fan_out"),
+        called={"warmup": "tinit", "end": "tfinal", "steps": "total_step"},
         ignored=(
             "r", "megatron_config", "megatron_core", "loftq_config", "eva_config", "corda_config",
             "runtime_config", "qalora_group_size", "ensure_weight_tying", "lora_ga_config",

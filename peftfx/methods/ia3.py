@@ -83,6 +83,7 @@ class IA3(Method):
         "IA3",
         keys={"l": "{module}.ia3_l"},
         special=("feedforward_modules", "fan_in_fan_out"),
+        called={"at": "feedforward_modules"},
         ignored=("init_ia3_weights",),
         kinds=(*LINEARS, "conv2d", "conv3d"),
     )

@@ -150,6 +150,7 @@ LORA = LoraForm(
     fixed={"use_dora": False},
     defaults={"lora_alpha": 8},
     special=("init_lora_weights", "fan_in_fan_out", "target_parameters"),
+    called={"init": "init_lora_weights"},
     ignored=(
         "megatron_core", "loftq_config", "eva_config", "corda_config", "runtime_config",
         "qalora_group_size", "lora_ga_config",

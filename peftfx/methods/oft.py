@@ -87,6 +87,7 @@ class OFT(Method):
             "oft_block_size", "r", "use_cayley_neumann", "num_cayley_neumann_terms", "bias",
             "fan_in_fan_out",
         ),
+        called={"block": "oft_block_size", "terms": "num_cayley_neumann_terms"},
         ignored=("init_weights", "eps"),
         kinds=("linear", "conv2d", "embedding"),
     )  # fmt: skip

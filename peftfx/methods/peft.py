@@ -70,6 +70,7 @@ class PeftForm:
         fixed: options that have one value wherever this method is meant.
         defaults: values that PEFT has where a configuration is silent, if not ours.
         special: options that :meth:`more` writes and :meth:`rules` reads.
+        called: ours -> PEFT's, of those that are so written.
         ignored: options about the start or the bookkeeping of a training.
         optional: tensors that a file may leave out; they have the values that they start with.
         kinds: of sites that PEFT adapts by it; empty for any.
@@ -89,6 +90,7 @@ class PeftForm:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     special: tuple[str, ...] = ()
+    called: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ("linear",)
@@ -97,6 +99,12 @@ class PeftForm:
     beside_keys: Mapping[str, str] = field(default_factory=dict)
     takes: tuple[str, ...] = ("modules_to_save",)
     tied: bool = False
+
+    @property
+    def said(self) -> dict[str, str]:
+        """Our options that a configuration can say, and what PEFT calls them."""
+        alike = {ours: theirs for theirs, ours in self.options.items()}
+        return {**alike, **{ours: t for t, (ours, _) in self.varied.items()}, **self.called}
 
     def meant(self, content: Mapping[str, Any]) -> bool:
         """Whether a configuration of this type means this method."""

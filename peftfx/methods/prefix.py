@@ -40,6 +40,7 @@ class Prefix(Method):
     peft: ClassVar[PeftForm | None] = PrefixForm(
         "PREFIX_TUNING",
         keys={},
+        called={"length": "num_virtual_tokens"},
         defaults={"prefix_projection": False, "encoder_hidden_size": None, "init_weights": None},
     )
 

@@ -35,6 +35,7 @@ class Prompt(SoftPrompt):
     peft: ClassVar[PeftForm | None] = PromptForm(
         "PROMPT_TUNING",
         keys={},
+        called={"length": "num_virtual_tokens"},
         defaults={"prompt_tuning_init": "RANDOM"},
         ignored=("prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"),
     )  # fmt: skip

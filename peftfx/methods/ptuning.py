@@ -39,6 +39,7 @@ class PTuning(SoftPrompt):
     peft: ClassVar[PeftForm | None] = EncodedForm(
         "P_TUNING",
         keys={},
+        called={"length": "num_virtual_tokens"},
         defaults={
             "encoder_reparameterization_type": "MLP", "encoder_hidden_size": None,
             "encoder_num_layers": 2, "encoder_dropout": 0.0,

@@ -83,6 +83,7 @@ class Tokens(Method):
         "TRAINABLE_TOKENS",
         keys={"rows": "{module}.trainable_tokens_delta"},
         special=("token_indices", "init_weights"),
+        called={"ids": "token_indices"},
         kinds=("embedding", "linear"),
         beside="trainable_token_indices",
         beside_keys={"rows": "{module}.token_adapter.trainable_tokens_delta"},

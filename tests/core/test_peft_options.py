@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import peftfx
+from peftfx import peft_support
 from peftfx.backends import Backend
 from peftfx.errors import CheckpointError, SpecError
+from peftfx.methods import lookup
 from peftfx.spec import Spec
 from tests.helpers import fill, relative
 from tests.peft_options import IDS, OPTIONS, Model, Option
@@ -222,3 +225,68 @@ def test_rows_are_zero_blocks_for_peft(rule: dict[str, Any], turned: bool, tmp_p
         peftfx.load(copy.deepcopy(plain), tmp_path, compile=False, example=(X,))
     (tmp_path / "peftfx.json").unlink()  # then it is an adapter of the whole
     peftfx.load(copy.deepcopy(plain), tmp_path, compile=False, example=(X,))
+
+
+# -- the table of what PEFT can say ----------------------------------------------------------------
+
+CHANGED: dict[str, Any] = {  # another value of each option, by its name
+    "rank": 2, "alpha": 5.0, "dropout": 0.25, "rank_stabilized": True, "bias": True,
+    "init": "gaussian", "freeze_a": True, "plus": 4.0, "target": 3, "every": 5, "smooth": 0.5,
+    "smooth_uncertainty": 0.5, "orthogonality": 0.25, "warmup": 2, "end": 3, "steps": 50,
+    "first": 0.5, "seed": 5, "inputs": 9, "outputs": 9, "both": True, "split": 2,
+    "at": "input", "block": 2, "terms": 3, "share": True, "orthogonal": True, "l2_sp": 0.1,
+    "ids": [2, 5], "density": 0.4, "mask": "magnitude", "structure": "row", "budget": 0.2,
+    "strength": 2.0,
+}  # fmt: skip
+NEEDS: dict[str, dict[str, Any]] = {  # what a method, or another value of an option, goes with
+    "tokens": {"name": "embed_tokens", "ids": [1]},
+    "norm": {"name": "*.norm"},
+    "adalora": {"name": "*.q_proj", "rank": 6, "steps": 40},
+    "orthogonal": {"rank": 3},
+    "strength": {"density": 0.5, "budget": 0.2},
+    "budget": {"density": 0.5},
+    "structure": {"density": 0.5},
+}
+SAID = [
+    (method, option, theirs)
+    for method, about in peft_support.said().items()
+    for option, theirs in about["options"].items()
+    if lookup(method).peft is not None and lookup(method).peft.type  # type: ignore[union-attr]
+    and method not in ("prompt", "ptuning", "prefix")  # their tensors alone are written
+    and option != "tucker"  # of convolutions
+]  # fmt: skip
+
+
+@IGNORED
+@pytest.mark.parametrize(("method", "option", "theirs"), SAID, ids=lambda v: str(v))
+def test_what_peft_can_say(method: str, option: str, theirs: str | None) -> None:
+    """Each row of the table: PEFT has the option and reads it back, or it is refused."""
+    model = base()
+    rule = {"method": method, "name": "*.q_proj", **NEEDS.get(method, {}), **NEEDS.get(option, {})}
+    before = Spec.parse({"rules": [rule]}).to_peft(model, (IDS,)) if theirs else {}
+    spec = Spec.parse({"rules": [{**rule, option: CHANGED[option]}]})
+    if theirs is None:
+        with pytest.raises(CheckpointError):
+            spec.to_peft(model, (IDS,))
+        return
+    content = spec.to_peft(model, (IDS,))
+    assert content[theirs] != before[theirs]
+    made = peft.PeftConfig.from_peft_type(**content)
+    again = peft.get_peft_model(base(), made)
+    assert trained(again) == peftfx.plan(model, spec, (IDS,)).trainable
+    back = peftfx.plan(model, Spec.from_peft(made, model), (IDS,))
+    assert [vars(p.method)[option] for p in back] == [
+        vars(p.method)[option] for p in peftfx.plan(model, spec, (IDS,))
+    ]
+
+
+@pytest.mark.parametrize("config", [peft.LoraConfig, peft.IA3Config], ids=lambda c: c.__name__)
+def test_every_option_of_peft_is_read_or_refused(config: Any) -> None:
+    content = config(target_modules=["q_proj"], **(
+        {"feedforward_modules": []} if config is peft.IA3Config else {})).to_dict()  # fmt: skip
+    told = peft_support.read()[content["peft_type"].value]
+    known = {*told["read"], *told["passed over"], "peft_type"}
+    for field in dataclasses.fields(config):
+        if field.name not in known:
+            with pytest.raises(SpecError, match=field.name):
+                Spec.from_peft({**content, field.name: "something"}, base())

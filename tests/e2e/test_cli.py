@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 import transformers
+from ruamel.yaml import YAML
 
 from peftfx.cli import show
 from peftfx.errors import SaveError
@@ -72,9 +74,23 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
     assert f"{spec}:4" in error.replace("\n", "") and "'rank'" in error
 
 
-def test_methods_schema_doctor() -> None:
+def test_methods_schema_doctor(base: Path, tmp_path: Path) -> None:
     assert set(json.loads(run("methods", "--json"))) >= {"lora", "bitfit", "train", "freeze"}
+    said = json.loads(run("methods", "--peft", "--json"))["said"]
+    assert said["lora"]["options"]["rank"] == "r" and "lora_alpha" in run("methods", "--peft")
     assert "draft-07" in run("schema")
+    line = run("schema", tmp_path / "peftfx.json")
+    assert line.startswith("# yaml-language-server: $schema=")
+    run("init", "-m", base, "-o", tmp_path / "spec.yaml")
+    text = line + (tmp_path / "spec.yaml").read_text()
+    (tmp_path / "spec.yaml").write_text(text)
+    assert "placements" in run("check", tmp_path / "spec.yaml", "-m", base)
+    jsonschema.Draft7Validator(json.loads((tmp_path / "peftfx.json").read_text())).validate(
+        YAML(typ="safe").load(text)
+    )
+    assert "exists" in run("init", "-m", base, "-o", tmp_path / "spec.yaml", expect=2)
+    assert "Remedy" in run("help", "BindError") and "did you mean" in run(
+        "help", "BindEror", expect=2)  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "peftfx.cli", "doctor", "--json"], capture_output=True, text=True
     )
