@@ -15,7 +15,7 @@ def said() -> dict[str, dict[str, Any]]:
 
     An option without a name there is kept in peftfx.json, which PEFT does not read.
     """
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in names():
         method = lookup(name)
         form = method.peft
