@@ -262,7 +262,9 @@ SAID = [
 def test_what_peft_can_say(method: str, option: str, theirs: str | None) -> None:
     """Each row of the table: PEFT has the option and reads it back, or it is refused."""
     model = base()
-    rule = {"method": method, "name": "*.q_proj", **NEEDS.get(method, {}), **NEEDS.get(option, {})}
+    small = {"rank": 4} if hasattr(lookup(method), "rank") else {}
+    needs = {**small, **NEEDS.get(method, {}), **NEEDS.get(option, {})}
+    rule = {"method": method, "name": "*.q_proj", **needs}
     before = Spec.parse({"rules": [rule]}).to_peft(model, (IDS,)) if theirs else {}
     spec = Spec.parse({"rules": [{**rule, option: CHANGED[option]}]})
     if theirs is None:
