@@ -34,7 +34,10 @@ class DoRA(LoRA):
     reads: ClassVar[tuple[str, ...]] = ("weight", "bias")
     paper: ClassVar[str] = "arXiv 2402.09353"
     peft: ClassVar[PeftForm | None] = replace(
-        LORA, fixed={"use_dora": True}, kinds=(*LINEARS, "embedding", *CONV)
+        LORA,
+        options={theirs: ours for theirs, ours in LORA.options.items() if theirs != "lora_bias"},
+        fixed={"use_dora": True},
+        kinds=(*LINEARS, "embedding", *CONV),
     )
 
     def accepts(self, site: Site) -> str | None:

@@ -53,6 +53,8 @@ class LoraForm(PeftForm):
             return f"PEFT adapts packed projections, and {site.module} has separate ones"
         if site.kind == "attention" and method.bias:
             return f"PEFT drops the bias on B at {site.module}"
+        if method.bias and "bias" not in self.said:
+            return f"PEFT has no {method.name} with a bias on B"
         if set(method.params(site)) <= {"A", "B", "bias", "A0", "B0"}:
             site = replace(site, attrs={k: v for k, v in site.attrs.items() if k != "part"})
         return super().refusal(method, site)

@@ -241,7 +241,7 @@ CHANGED: dict[str, Any] = {  # another value of each option, by its name
 NEEDS: dict[str, dict[str, Any]] = {  # what a method, or another value of an option, goes with
     "tokens": {"name": "embed_tokens", "ids": [1]},
     "norm": {"name": "*.norm"},
-    "adalora": {"name": "*.q_proj", "rank": 6, "steps": 40},
+    "adalora": {"rank": 6, "steps": 40, "end": 30, "warmup": 1},
     "orthogonal": {"rank": 3},
     "strength": {"density": 0.5, "budget": 0.2},
     "budget": {"density": 0.5},

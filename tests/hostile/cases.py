@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 import peftfx
 from peftfx.backends import Backend
-from peftfx.checkpoint import read
 from peftfx.errors import PeftfxError
 from peftfx.methods.method import names
+from peftfx.reading import read
 from peftfx.select import SELECTORS
 from peftfx.spec import Spec
 from tests.helpers import fill
