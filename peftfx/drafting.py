@@ -101,9 +101,11 @@ def _head(model: nn.Module, roles: Roles) -> Iterator[str]:
 
 def _rule(method: type[Method], rule: Mapping[str, Any]) -> Iterator[str]:
     doc = (method.__doc__ or "").strip().splitlines()[0]
-    yield f"  # {doc}" + (f" {method.paper}." if method.paper else "")
+    yield from _wrapped("  # ", doc + (f" {method.paper}." if method.paper else ""))
     yield f"  - method: {method.name}"
+    docs = {f.name: f.metadata.get("doc", "") for f in dataclasses.fields(method)}
     for key, value in rule.items():
+        yield from _wrapped("    #   ", docs.get(key, ""))
         yield f"    {key}: {json.dumps(value)}"
     yield f"    # Selectors, all that are given have to hold: {', '.join(SELECTORS)}."
     for field in dataclasses.fields(method):
