@@ -146,8 +146,13 @@ def test_all_five_compiled(arch: Architecture) -> None:
     check_against_formula(arch, base, model, compiled)
 
 
+SLOW = ("ia3", "norm")
+
+
 @ALL
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in SPECS]
+)
 def test_acts_saves_and_merges(arch: Architecture, name: str, tmp_path: Path) -> None:
     rule = SPECS[name]
     base = arch.build().requires_grad_(False)
