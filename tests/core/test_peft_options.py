@@ -234,13 +234,14 @@ CHANGED: dict[str, Any] = {  # another value of each option, by its name
     "init": "gaussian", "freeze_a": True, "plus": 4.0, "target": 3, "every": 5, "smooth": 0.5,
     "smooth_uncertainty": 0.5, "orthogonality": 0.25, "warmup": 2, "end": 3, "steps": 50,
     "first": 0.5, "seed": 5, "inputs": 9, "outputs": 9, "both": True, "split": 2,
-    "at": "input", "block": 2, "terms": 3, "share": True, "orthogonal": True, "l2_sp": 0.1,
+    "at": "input", "block": 2, "terms": 8, "share": True, "orthogonal": True, "l2_sp": 0.1,
     "ids": [2, 5], "density": 0.4, "mask": "magnitude", "structure": "row", "budget": 0.2,
     "strength": 2.0,
 }  # fmt: skip
 NEEDS: dict[str, dict[str, Any]] = {  # what a method, or another value of an option, goes with
     "tokens": {"name": "embed_tokens", "ids": [1]},
     "norm": {"name": "*.norm"},
+    "oft": {"block": 3},
     "adalora": {"rank": 6, "steps": 40, "end": 30, "warmup": 1},
     "orthogonal": {"rank": 3},
     "strength": {"density": 0.5, "budget": 0.2},
@@ -262,7 +263,9 @@ SAID = [
 def test_what_peft_can_say(method: str, option: str, theirs: str | None) -> None:
     """Each row of the table: PEFT has the option and reads it back, or it is refused."""
     model = base()
-    small = {"rank": 4} if hasattr(lookup(method), "rank") else {}
+    small = {"rank": 1 if method == "sparse" else 4} if hasattr(lookup(method), "rank") else {}
+    if method == "sparse" and option != "rank":
+        small = {"density": 0.5}  # or entries of a rank
     needs = {**small, **NEEDS.get(method, {}), **NEEDS.get(option, {})}
     rule = {"method": method, "name": "*.q_proj", **needs}
     before = Spec.parse({"rules": [rule]}).to_peft(model, (IDS,)) if theirs else {}
