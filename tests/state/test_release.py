@@ -54,7 +54,8 @@ def test_release_after_training(row: Row) -> None:
     peftfx.activate(model, "b")
     with peftfx.disabled(model):
         assert same_values(model, base) and torch.equal(model(IDS), base(IDS))
-    peftfx.merge(model)
+    if row.merges:
+        peftfx.merge(model)
     peftfx.release(model)
     assert same(model, base) and traces(model) == traces(base)
     assert torch.equal(model(IDS), base(IDS))
