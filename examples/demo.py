@@ -19,13 +19,13 @@ from docstrings import build
 from rich.console import Console
 from rich.table import Table
 
-HERE = Path(__file__).resolve().parent
-RUNS = HERE.parent / "runs" / "demo"
+SPECS = Path(__file__).resolve().parent / "specs"
+RUNS = SPECS.parents[1] / "runs" / "demo"
 VARIANTS = {
-    "head": {"spec": str(HERE / "head.yaml"), "learning_rate": 2e-3, "epochs": 3},
-    "LoRA + head": {"spec": str(HERE / "lora.yaml"), "learning_rate": 1e-3, "epochs": 3},
+    "head": {"spec": str(SPECS / "head.yaml"), "epochs": 3},
+    "LoRA + head": {"spec": str(SPECS / "lora.yaml"), "epochs": 3},
     "full": {"spec": None, "learning_rate": 1e-4, "epochs": 2},
-    "frozen-only": {"spec": str(HERE / "frozen.yaml"), "learning_rate": 1e-4, "epochs": 1},
+    "frozen-only": {"spec": str(SPECS / "frozen.yaml"), "learning_rate": 1e-4, "epochs": 1},
 }
 
 
@@ -42,7 +42,7 @@ def main() -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     counts = build(RUNS / "data")
     console.print(f"{counts['train']} texts to train on, {counts['test']} to test on")
-    plan = [sys.executable, "-m", "peftfx.cli", "plan", str(HERE / "lora.yaml"),
+    plan = [sys.executable, "-m", "peftfx.cli", "plan", str(SPECS / "lora.yaml"),
             "--model", base(), "--class", "AutoModelForSequenceClassification"]  # fmt: skip
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run(plan, check=True, env=environment)

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ast
 import csv
+import functools
 import hashlib
 import importlib.util
 import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 PACKAGES = {
     "numpy": ("numpy", "np"),
@@ -22,13 +26,48 @@ PACKAGES = {
     "transformers": ("transformers", "huggingface", "hugging"),
     "scipy": ("scipy",),
 }
+KINDS = ("function", "class")
 
 
-def texts(package: str) -> list[tuple[str, str]]:
-    """(module path, docstring) of every function and class of an installed package."""
+@dataclass(frozen=True)
+class Split:
+    """Which texts a file has: of which modules and kinds, and how many of each package."""
+
+    modules: Literal["train", "test"]
+    count: int
+    kinds: tuple[str, ...] = KINDS
+
+
+# whole batches of 32, so that nothing compiles for a rest
+SPLITS = {"train": Split("train", 352), "test": Split("test", 64)}
+
+
+@dataclass(frozen=True)
+class Text:
+    """A docstring: the module it is from, what it describes, and itself."""
+
+    module: str
+    kind: str
+    doc: str
+
+    @property
+    def order(self) -> bytes:
+        """A key that shuffles, always alike."""
+        return hashlib.sha256((self.module + self.doc).encode()).digest()
+
+    @property
+    def modules(self) -> str:
+        """Whether its module is one to train or to test with."""
+        first = hashlib.sha256(self.module.encode()).digest()[0]
+        return "test" if first < 64 else "train"
+
+
+@functools.cache
+def texts(package: str) -> tuple[Text, ...]:
+    """The docstring of every function and class of an installed package, shuffled."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
-        return []
+        return ()
     root = Path(spec.origin).parent
     found = []
     for file in sorted(root.rglob("*.py")):
@@ -43,8 +82,9 @@ def texts(package: str) -> list[tuple[str, str]]:
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 doc = ast.get_docstring(node) or ""
                 if len(doc) >= 80:
-                    found.append((module, doc))
-    return found
+                    kind = "class" if isinstance(node, ast.ClassDef) else "function"
+                    found.append(Text(module, kind, doc))
+    return tuple(sorted(found, key=lambda text: text.order))
 
 
 def mask(text: str, names: tuple[str, ...]) -> str:
@@ -54,39 +94,74 @@ def mask(text: str, names: tuple[str, ...]) -> str:
     return re.sub(r"\s+", " ", text).strip()[:600]
 
 
-def build(directory: Path, train: int = 352, test: int = 64, classes: int = 5) -> dict[str, int]:
-    """Writes ``train.csv`` and ``test.csv``; gives the number of texts in each.
+def build(
+    directory: Path,
+    splits: Mapping[str, Split] = SPLITS,
+    classes: int = 5,
+    among: Iterable[str] = PACKAGES,
+) -> dict[str, int]:
+    """Writes a CSV for each split; gives the number of texts in each.
 
     Args:
-        train, test: texts of each class; whole batches of 32, so that nothing compiles for a rest.
-        classes: how many packages; the first that have texts enough.
+        classes: how many packages; the first *among* these that have texts enough.
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    rows: dict[str, list[tuple[str, str]]] = {name: [] for name in splits}
     seen: set[str] = set()
-    for package, names in PACKAGES.items():
-        chosen: dict[str, list[str]] = {"train": [], "test": []}
-        ordered = sorted(texts(package), key=lambda t: hashlib.sha256("".join(t).encode()).digest())
-        for module, doc in ordered:
-            text = mask(doc, names)
+    taken = 0
+    for package in among:
+        chosen: dict[str, list[str]] = {name: [] for name in splits}
+        for found in texts(package):
+            text = mask(found.doc, PACKAGES[package])
             if text in seen:
                 continue
             seen.add(text)
-            side = "test" if hashlib.sha256(module.encode()).digest()[0] < 64 else "train"
-            if len(chosen[side]) < (train if side == "train" else test):
-                chosen[side].append(text)
-        if len(chosen["train"]) < train or len(chosen["test"]) < test:
+            for name, split in splits.items():
+                fits = found.modules == split.modules and found.kind in split.kinds
+                if fits and len(chosen[name]) < split.count:
+                    chosen[name].append(text)
+                    break
+        if any(len(chosen[name]) < split.count for name, split in splits.items()):
             continue  # too small an installation of it to learn from
-        for side, found in chosen.items():
-            rows[side] += [(text, package) for text in found]
-        if len(rows["train"]) == classes * train:
+        for name, of_package in chosen.items():
+            rows[name] += [(text, package) for text in of_package]
+        taken += 1
+        if taken == classes:
             break
     else:
-        raise SystemExit(f"fewer than {classes} of {', '.join(PACKAGES)} have texts enough")
-    for side, found in rows.items():
-        found.sort(key=lambda t: hashlib.sha256(t[0].encode()).digest())
-        with (directory / f"{side}.csv").open("w", encoding="utf-8", newline="") as stream:
-            writer = csv.writer(stream)
-            writer.writerow(("text", "label"))
-            writer.writerows(found)
-    return {side: len(found) for side, found in rows.items()}
+        raise SystemExit(f"fewer than {classes} of {', '.join(among)} have texts enough")
+    for name, labelled in rows.items():
+        write(directory / f"{name}.csv", ("text", "label"), labelled)
+    return {name: len(labelled) for name, labelled in rows.items()}
+
+
+def build_pairs(file: Path, count: int, packages: Iterable[str]) -> int:
+    """Writes *count* first sentences of held-out docstrings of each package, with what follows.
+
+    Gives the number of pairs. No first sentence is there twice.
+    """
+    pairs: dict[str, str] = {}
+    for package in packages:
+        before = len(pairs)
+        for found in texts(package):
+            first, _, rest = mask(found.doc, PACKAGES[package]).partition(". ")
+            if found.modules == "test" and len(first) >= 30 and len(rest) >= 80:
+                pairs.setdefault(first, rest)
+            if len(pairs) == before + count:
+                break
+        else:
+            raise SystemExit(f"{package} has fewer than {count} such docstrings")
+    write(file, ("first", "rest"), list(pairs.items()))
+    return len(pairs)
+
+
+def write(file: Path, columns: tuple[str, str], rows: list[tuple[str, str]]) -> None:
+    """A CSV of *rows*, shuffled."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(columns)
+        writer.writerows(sorted(rows, key=_shuffled))
+
+
+def _shuffled(row: tuple[str, str]) -> bytes:
+    return hashlib.sha256(row[0].encode()).digest()

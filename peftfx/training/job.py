@@ -34,14 +34,16 @@ class Job(pydantic.BaseModel):
     batch_size: int = pydantic.Field(32, ge=1, description="Texts per step.")
     accumulate: int = pydantic.Field(1, ge=1, description="Batches per optimizer step.")
     max_length: int = pydantic.Field(64, ge=4, description="Tokens per text.")
-    learning_rate: float = pydantic.Field(5e-4, gt=0, description="Peak learning rate.")
-    head_learning_rate: float | None = pydantic.Field(
-        None, gt=0, description="Learning rate of what `train` rules name, if another."
+    learning_rate: float = pydantic.Field(
+        5e-4, gt=0, description="Peak learning rate, where a rule has no `lr` of its own."
     )
     weight_decay: float = pydantic.Field(0.01, ge=0, description="Of matrices only.")
     warmup: float = pydantic.Field(0.06, ge=0, le=1, description="Share of steps to warm up.")
     patience: int | None = pydantic.Field(
         None, ge=1, description="Stop after so many evaluations without a better one."
+    )
+    calibration: int = pydantic.Field(
+        64, ge=1, description="Training texts shown to rules that start from data."
     )
     checkpointing: bool = pydantic.Field(False, description="Gradient checkpointing.")
     lower: str = pydantic.Field("auto", description="auto, inductor, aot_eager or eager.")

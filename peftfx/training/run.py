@@ -17,12 +17,13 @@ import transformers
 from torch import Tensor, nn
 
 from peftfx.backends import adapt
+from peftfx.binding import bound
+from peftfx.calibration import calibrate
 from peftfx.checkpoint import save
 from peftfx.errors import SpecError
 from peftfx.files import write_directory
 from peftfx.loading import load
 from peftfx.log import logger
-from peftfx.operations import named_parameters
 from peftfx.spec import Spec
 from peftfx.training.job import Job, read_rows
 from peftfx.training.trainer import Trainer
@@ -120,6 +121,7 @@ def run(job: Job) -> Result:
             from peftfx.bind import bind
 
             bind(model, spec)
+        _calibrate(job, model, train)
     elif job.compile:
         model.compile(backend="inductor" if job.lower == "auto" else job.lower)
     trainer, clock = _trainer(job, model, train, test)
@@ -149,6 +151,14 @@ def run(job: Job) -> Result:
     text = json.dumps(asdict(result), indent=2).encode()
     write_directory(Path(job.output) / "result", {"result.json": text})
     return result
+
+
+def _calibrate(job: Job, model: nn.Module, train: Texts) -> None:
+    """Shows texts to the rules that start from data: one at a time, as Fisher masks want it."""
+    _, binding = bound(model)
+    if any(adapter.waits for adapter in binding.adapters.values()):
+        texts = (train[i] for i in range(min(job.calibration, len(train))))
+        calibrate(model, ({k: v.unsqueeze(0) for k, v in text.items()} for text in texts))
 
 
 def _last(output: str) -> str | None:
@@ -203,29 +213,8 @@ def _trainer(job: Job, model: nn.Module, train: Texts, test: Texts) -> tuple[Any
         eval_dataset=test,
         compute_metrics=_accuracy,
         callbacks=callbacks,
-        optimizers=(_optimizer(job, model), None),
     )
     return trainer, clock
-
-
-def _optimizer(job: Job, model: nn.Module) -> torch.optim.Optimizer | None:
-    """AdamW with the head's own learning rate, where the job gives it one."""
-    if job.spec is None or job.head_learning_rate is None:
-        return None
-    named = named_parameters(model)
-    groups = []
-    for head in (False, True):
-        for decays in (False, True):
-            chosen = [p for n, p in named if (":train." in n) == head and (p.ndim > 1) == decays]
-            if chosen:
-                groups.append(
-                    {
-                        "params": chosen,
-                        "lr": job.head_learning_rate if head else job.learning_rate,
-                        "weight_decay": job.weight_decay if decays else 0.0,
-                    }
-                )
-    return torch.optim.AdamW(groups)
 
 
 def _guesses(logits: Any) -> Any:
@@ -236,16 +225,18 @@ def _accuracy(prediction: Any) -> dict[str, float]:
     return {"accuracy": float((_guesses(prediction.predictions) == prediction.label_ids).mean())}
 
 
-def predict(job: Job, adapter: str | None, texts: list[str]) -> Tensor:
+def restored(job: Job, adapter: str | os.PathLike[str] | None) -> tuple[nn.Module, list[str]]:
+    """A fresh base, uncompiled, with a finished job's head and a saved adapter; and its labels."""
+    labels = json.loads((Path(job.output) / "result" / "result.json").read_text())["labels"]
+    model = classifier(job, labels).eval()
+    return model if adapter is None else load(model, adapter, compile=False), labels
+
+
+def predict(job: Job, adapter: str | os.PathLike[str] | None, texts: list[str]) -> Tensor:
     """Logits of *texts* by a fresh base with a saved adapter."""
-    result = json.loads((Path(job.output) / "result" / "result.json").read_text())
-    model = classifier(job, result["labels"]).eval()
-    if adapter is not None:
-        load(model, adapter, compile=False)
+    model, labels = restored(job, adapter)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job.model)
-    rows = [(text, result["labels"][0]) for text in texts]
-    data = Texts(rows, result["labels"], tokenizer, job.max_length)
-    batch = {k: v for k, v in data.encoded.items() if k != "labels"}
+    data = Texts([(text, labels[0]) for text in texts], labels, tokenizer, job.max_length)
     with torch.no_grad():
-        logits: Tensor = model(**batch).logits
+        logits: Tensor = model(**data.encoded).logits
     return logits

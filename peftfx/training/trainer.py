@@ -1,7 +1,8 @@
 """``transformers.Trainer`` for adapted models.
 
 Checkpoints hold only the adapter (``save_pretrained`` of a bound model writes nothing else); this
-handle loads them back when training resumes or the best model is restored.
+handle loads them back when training resumes or the best model is restored. Its optimizer obeys the
+rates of the spec's rules.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import nn
 
 from peftfx.binding import bound
 from peftfx.loading import load
+from peftfx.operations import parameter_groups
 
 
 class Trainer(transformers.Trainer):
@@ -21,6 +23,17 @@ class Trainer(transformers.Trainer):
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         bound(model)
         super().__init__(model, *args, **kwargs)
+
+    @staticmethod
+    def get_optimizer_cls_and_kwargs(
+        args: transformers.TrainingArguments, model: Any = None
+    ) -> tuple[Any, Any]:
+        """The optimizer of *args*, for the groups of ``peftfx.parameter_groups``."""
+        kind, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
+        if model is not None:  # an optimizer that chooses its own parameters keeps them
+            groups = parameter_groups(model, args.learning_rate, args.weight_decay)
+            options = {"params": groups, **options}
+        return kind, options
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: nn.Module | None = None

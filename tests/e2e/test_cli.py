@@ -24,6 +24,7 @@ rules:
     rank: 2
   - method: train
     name: "classifier.*"
+    lr: 0.02
 """
 
 
@@ -106,7 +107,7 @@ def test_train(base: Path, tmp_path: Path) -> None:
     job.write_text(
         f"model: {base}\nspec: spec.yaml\ntrain: train.csv\nevaluate: test.jsonl\n"
         "output: out\nbatch_size: 8\nmax_length: 8\nepochs: 2\nlower: aot_eager\npatience: 2\n"
-        "learning_rate: 0.01\nhead_learning_rate: 0.02\n"
+        "learning_rate: 0.01\n"
     )
     assert "sound" in run("train", job, "--dry-run")
     result = json.loads(run("train", job, "--json").strip().splitlines()[-1])
