@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 _WHERE = {
     "Backend": "backends",
+    "Distillation": "distillation",
     "PeftfxError": "errors",
     "Plan": "plans",
     "Spec": "spec",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from peftfx.checkpoint import load_state_dict as load_state_dict
     from peftfx.checkpoint import save as save
     from peftfx.checkpoint import state_dict as state_dict
+    from peftfx.distillation import Distillation as Distillation
     from peftfx.errors import PeftfxError as PeftfxError
     from peftfx.explaining import explain as explain
     from peftfx.explaining import picture as picture

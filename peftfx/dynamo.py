@@ -154,6 +154,16 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
             m._compiled_call_impl = impl
 
 
+@contextmanager
+def effects_in_checkpoints() -> Iterator[None]:
+    """Inside the block, graphs are traced whose checkpointed parts have side effects.
+
+    Those of the first run alone: when it is run again for the backward, they are left out.
+    """
+    with torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True):
+        yield
+
+
 class GraphPass(Protocol):
     """A change of a graph of AOTAutograd's, and what identifies it to a compiler's cache."""
 

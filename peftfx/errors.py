@@ -75,6 +75,10 @@ class OptimizerError(PeftfxError, RuntimeError):
     """An optimizer that holds none of the parameters which train."""
 
 
+class DistillationError(PeftfxError, ValueError):
+    """A student and a teacher that do not go together, or a site of theirs that never ran."""
+
+
 class AdapterError(PeftfxError, KeyError):
     """An adapter name that is unknown, taken or not allowed."""
 

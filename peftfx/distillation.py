@@ -1,0 +1,275 @@
+"""Distillation: an adapter learns beside a teacher, the base itself or another model.
+
+The KL of softened logits (Hinton et al., 2015, arXiv 1503.02531) and the squared distance of what
+chosen modules give (FitNets, Romero et al., 2015, arXiv 1412.6550), means over the rows that count.
+Outputs of modules are taken by forward hooks, which Dynamo traces with the model: they become
+outputs of its graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftfx import dynamo, mark
+from peftfx.binding import unwrap
+from peftfx.divergence import kl, wide
+from peftfx.errors import DistillationError, nearest
+from peftfx.operations import disabled
+from peftfx.select import glob_matches
+from peftfx.site import SLOT
+from peftfx.trace import inputs_of
+
+Globs = str | Sequence[str]
+Seen = list[tuple[str, Tensor]]  # names of modules and their outputs
+
+
+class Distillation:
+    """What a teacher adds to the loss of a student.
+
+    ::
+
+        distillation = peftfx.Distillation(model, hidden="*.layer.?")
+        with distillation(inputs) as target:  # the teacher runs here
+            outputs = model(**inputs)
+        loss = outputs.loss + target.loss(outputs)
+
+    The teacher runs in eval mode, without gradients and without labels; each of its modules gets
+    its training flag back.
+
+    Args:
+        model: the student, adapted already.
+        teacher: another model; without one the base, *model* with its adapters off.
+        temperature: T.
+        weight: of the KL term; 0 leaves it out.
+        hidden: globs of modules whose outputs are compared, such as all blocks.
+        teacher_hidden: the same in the teacher, where they have other names there. Modules are
+            paired in the order in which they run.
+        hidden_weight: of the MSE term, the mean over those pairs.
+        chunk: rows of logits that are worked on at once.
+        shift: whether row t foretells label t + 1, as in causal language models; None: as HF's
+            ``loss_type`` says.
+        ignore: the label of rows that do not count. Nor do those that an attention mask hides.
+
+    Raises:
+        BindError: *model* is not adapted, and there is no other teacher.
+        DistillationError: a glob that names no module, or a number that cannot be.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None = None,
+        *,
+        temperature: float = 2.0,
+        weight: float = 1.0,
+        hidden: Globs = (),
+        teacher_hidden: Globs | None = None,
+        hidden_weight: float = 1.0,
+        chunk: int = 1024,
+        shift: bool | None = None,
+        ignore: int = -100,
+    ) -> None:
+        if min(weight, hidden_weight) < 0 or temperature <= 0 or chunk < 1:
+            raise DistillationError("a weight below 0, or a temperature or chunk that is not above")
+        if not weight and not (hidden and hidden_weight):
+            raise DistillationError("nothing is compared", remedy="give `weight`, or `hidden`")
+        self.student = unwrap(model)
+        self.teacher = self.student if teacher is None else unwrap(teacher)
+        self.temperature, self.weight, self.hidden_weight = temperature, weight, hidden_weight
+        self.chunk, self.ignore = chunk, ignore
+        causal = getattr(self.student, "loss_type", None) == "ForCausalLM"
+        self.shift = causal if shift is None else shift
+        with self._teaching():  # an error shows now
+            pass
+        self.of_student = Watch(self.student, hidden)
+        globs = hidden if teacher_hidden is None else teacher_hidden
+        self.of_teacher = Watch(self.teacher, globs)
+
+    @contextmanager
+    def __call__(self, inputs: Any) -> Iterator[Target]:
+        """Runs the teacher on *inputs*, in any form of ``example``; the block runs the student.
+
+        Raises:
+            DistillationError: a chosen module did not run, in the teacher or in the block.
+        """
+        args, kwargs = inputs_of(self.student, inputs)
+        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        with self._teaching(), self.of_teacher.watching() as taught:
+            out = self.teacher(*args, **given)
+        logits = logits_of(out) if self.weight else None
+        with self.of_student.watching() as learned:
+            yield Target(self, kwargs, logits, taught, learned)
+
+    def remove(self) -> None:
+        """Takes the hooks off both models: they are as before, and their graphs with them."""
+        for watch in (self.of_student, self.of_teacher):
+            for hook in watch.hooks.values():
+                hook.remove()
+
+    @contextmanager
+    def _teaching(self) -> Iterator[None]:
+        modes = [(m, m.training) for m in self.teacher.modules()]
+        with ExitStack() as stack:
+            if self.teacher is self.student:
+                stack.enter_context(disabled(self.student))
+            stack.enter_context(torch.no_grad())
+            try:
+                for m, _ in modes:
+                    m.training = False
+                yield
+            finally:
+                for m, training in modes:
+                    m.training = training
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the teacher gave for a batch, and what the student's chosen modules did."""
+
+    distillation: Distillation
+    inputs: Mapping[str, Any]
+    logits: Tensor | None  # [..., V]
+    taught: Seen
+    learned: Seen
+
+    def loss(self, outputs: Any) -> Tensor:
+        """The weighted terms, a scalar, from the student's outputs; asked for after the block.
+
+        Raises:
+            DistillationError: outputs of different shapes or counts, or without a gradient.
+        """
+        d, terms = self.distillation, []
+        if self.logits is not None:
+            logits = logits_of(outputs)
+            alike("logits", logits, self.logits)
+            divergence = kl(logits, self.logits, self._rows(logits), d.temperature, d.chunk)
+            terms.append(d.weight * divergence)
+        if d.hidden_weight and d.of_student.modules:
+            terms.append(d.hidden_weight * self._distance())
+        return torch.stack([t.to(terms[0].device) for t in terms]).sum()
+
+    def _distance(self) -> Tensor:
+        if len(self.learned) != len(self.taught):
+            learned, taught = ([name for name, _ in s] for s in (self.learned, self.taught))
+            raise DistillationError(
+                f"{len(learned)} outputs of the student's and {len(taught)} of the teacher's "
+                f"modules: {', '.join(learned)}; {', '.join(taught)}",
+                remedy="choose as many in both, and ask for the loss after the block",
+            )
+        means = []
+        for (site, h), (_, t) in zip(self.learned, self.taught, strict=True):
+            alike("outputs", h, t, site)
+            if torch.is_grad_enabled() and not h.requires_grad:
+                raise DistillationError(
+                    "no gradient can flow back from here: nothing before it trains, or a reentrant "
+                    "checkpoint in eager mode cut it off",
+                    site=site,
+                    remedy="choose modules behind the adapter; use_reentrant=False",
+                )
+            moved = wide(h) - wide(t.to(h.device))
+            squares = moved.square().mean(-1)  # [...]
+            counts = self._mask(squares, "decoder" in site)
+            means.append(squares.masked_fill(~counts, 0).sum() / counts.sum().clamp(min=1))
+        return torch.stack([m.to(means[0].device) for m in means]).mean()
+
+    def _mask(self, rows: Tensor, decoder: bool = True) -> Tensor:
+        """Which rows the attention mask shows that is for them; all, where there is none."""
+        config = getattr(self.distillation.student, "config", None)
+        decoder = decoder and bool(getattr(config, "is_encoder_decoder", False))
+        mask = self.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != rows.shape:
+            return torch.ones_like(rows, dtype=torch.bool)
+        return mask.to(rows.device) != 0
+
+    def _rows(self, logits: Tensor) -> Tensor:
+        """The rows of the logits that count, ``[...]``."""
+        counts = self._mask(logits[..., 0])
+        labels = self.inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.shape != counts.shape:
+            return counts
+        said = labels.to(counts.device) != self.distillation.ignore
+        if self.distillation.shift:
+            said = nn.functional.pad(said[..., 1:], (0, 1))
+        return counts & said
+
+
+class Watch:
+    """What chosen modules of a model give, in the order in which they run."""
+
+    def __init__(self, model: nn.Module, globs: Globs) -> None:
+        self.on, self.seen = False, Seen()
+        self.modules: dict[str, nn.Module] = {}
+        known = {n: m for n, m in model.named_modules() if n and SLOT not in n.split(".")}
+        for glob in [globs] if isinstance(globs, str) else globs:
+            matched = {n: m for n, m in known.items() if glob_matches(glob, n)}
+            if not matched:
+                what = f"{glob!r} names no module of {type(model).__name__}"
+                raise DistillationError(what, remedy=nearest(glob, known))
+            self.modules |= matched
+        self.hooks = {
+            name: module.register_forward_hook(functools.partial(self.see, name))
+            for name, module in self.modules.items()
+        }
+
+    def see(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
+        """The forward hook: a tensor, or the first of those that the module gives."""
+        if self.on:
+            several = out.values() if isinstance(out, Mapping) else out
+            self.seen.append((name, out if isinstance(out, Tensor) else next(iter(several))))
+
+    @contextmanager
+    def watching(self) -> Iterator[Seen]:
+        """Gives a list that is filled at the end of the block, with each chosen module in it."""
+        for name, module in self.modules.items():
+            later = [f for i, f in module._forward_hooks.items() if i > self.hooks[name].id]
+            if mark.after in later:
+                raise DistillationError(
+                    "an adapter was added here after the distillation was made, which looks first",
+                    site=name,
+                    remedy="make another Distillation",
+                )
+        found = Seen()
+        self.on = True
+        try:
+            with dynamo.effects_in_checkpoints():
+                yield found
+            found += self.seen
+        finally:
+            self.on = False
+            self.seen.clear()  # the same list always, for graphs hold on to it
+        missed = self.modules.keys() - {name for name, _ in found}
+        if missed:
+            raise DistillationError(
+                "this module did not run",
+                site=min(missed),
+                remedy="choose modules that the model calls, and run it inside the block",
+            )
+
+
+def logits_of(out: Any) -> Tensor:
+    """The logits of a model: what it calls so, or the tensor that it gives."""
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    if not isinstance(found, Tensor) or found.ndim < 2:
+        raise DistillationError(
+            f"a {type(out).__name__} without logits [..., classes] came out of the model",
+            remedy="let it give a tensor or something with `logits`; or weight=0, and `hidden`",
+        )
+    return found
+
+
+def alike(what: str, student: Tensor, teacher: Tensor, site: str | None = None) -> None:
+    """Raises :class:`DistillationError` where two tensors cannot be compared."""
+    if student.shape != teacher.shape:
+        raise DistillationError(
+            f"{what} of the student's are {tuple(student.shape)}, of the teacher's "
+            f"{tuple(teacher.shape)}",
+            site=site,
+            remedy="both need the same widths, classes and tokens; virtual tokens add to those",
+        )
