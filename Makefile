@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH ?= 2.13.0
 
-.PHONY: setup demo test test-slow lint format bench test-versions clean
+.PHONY: setup demo compare test test-slow lint format bench test-versions clean
 
 setup: $(VENV)/.done
 
@@ -19,6 +19,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/python examples/demo.py
+
+compare: setup
+	$(BIN)/python examples/compare.py
 
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu" -p no:cacheprovider --durations=15

@@ -18,11 +18,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from demo import base
 from docstrings import PACKAGES, Split, build, build_pairs
 
 HERE = Path(__file__).resolve().parent
@@ -34,6 +34,9 @@ FAMILIES = {
     "sparse": ("sparse_magnitude", "sparse_fisher"),
     "combined": ("lora_bitfit",),
 }
+FROZEN = "frozen"  # a spec by which next to nothing trains: the denominator of times
+MEASURES = ("accuracy", "shift", "recall", "mrr")
+COUNTS = ("trainable", "adapter_bytes")
 METHODS = tuple(method for family in FAMILIES.values() for method in family)
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -53,6 +56,8 @@ class Sizes:
     epochs: int = 3
     seeds: tuple[int, ...] = (0, 1, 2)
     lower: str = "aot_eager"  # Inductor adds nothing to an accuracy
+    lower_timed: str = "inductor"
+    rounds: int = 12  # in which each method has its turn to be timed
 
     @property
     def splits(self) -> dict[str, Split]:
@@ -65,8 +70,11 @@ class Sizes:
 
 SMOKE = Sizes(
     packages=("numpy", "networkx"), classes=2, train=32, test=32, shift=16, pairs=16, epochs=1,
-    seeds=(0,), lower="eager",
+    seeds=(0,), lower="eager", lower_timed="eager", rounds=2,
 )  # fmt: skip
+
+
+APART = ("seeds", "lower_timed", "rounds")  # no run of a seed depends on them
 
 
 @dataclass(frozen=True)
@@ -96,8 +104,9 @@ def inputs(method: str, sizes: Sizes) -> dict[str, Any]:
     """What a run depends on; one that was made from something else is made again."""
     from peftfx import Spec
 
-    values = {k: v for k, v in asdict(sizes).items() if k != "seeds"}
-    return json.loads(json.dumps({"sizes": values, "spec": Spec.load(spec_of(method)).to_dict()}))
+    values = {k: v for k, v in asdict(sizes).items() if k not in APART}
+    made = {"sizes": values, "spec": Spec.load(spec_of(method)).to_dict()}
+    return json.loads(json.dumps(made))  # type: ignore[no-any-return]
 
 
 def found(file: Path, made_from: dict[str, Any]) -> dict[str, Any] | None:
@@ -143,11 +152,11 @@ def rows(place: Place, name: str, columns: tuple[str, str] = ("text", "label")) 
 
 def accuracy(method: str, seed: int, sizes: Sizes, place: Place) -> dict[str, Any]:
     """Trains a method by one seed, and tests what it saved on a fresh base."""
+    from similarity import retrieval
     from transformers import AutoTokenizer
 
     from peftfx.training.job import make_job
     from peftfx.training.run import ADAPTER, predict, restored, run
-    from similarity import retrieval
 
     output = place.runs / "work" / f"{method}-{seed}"
     shutil.rmtree(output, ignore_errors=True)
@@ -186,9 +195,8 @@ def accuracy(method: str, seed: int, sizes: Sizes, place: Place) -> dict[str, An
 
 def untouched(sizes: Sizes, place: Place) -> dict[str, float]:
     """Sentence similarity of the base."""
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
     from similarity import retrieval
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model = AutoModelForSequenceClassification.from_pretrained(base()).eval()
     tokenizer = AutoTokenizer.from_pretrained(base())
@@ -196,10 +204,39 @@ def untouched(sizes: Sizes, place: Place) -> dict[str, float]:
     return asdict(retrieval(model, tokenizer, pairs, sizes.pair_tokens))
 
 
-def base() -> str:
-    from demo import base
+def time_all(methods: tuple[str, ...], sizes: Sizes, place: Place) -> None:
+    """Times of the methods, and of the frozen base that they are set against."""
+    from compare_times import measure
 
-    return base()
+    names = (FROZEN, *methods)
+    made_from = {name: inputs(name, sizes) for name in names} | {"rounds": sizes.rounds}
+    if found(place.times, made_from) is None:
+        specs = {name: spec_of(name) for name in names}
+        keep(place.times, made_from, measure(specs, base(), sizes, rows(place, "train")))
+
+
+def collect(sizes: Sizes, place: Place) -> dict[str, Any]:
+    """All that the runs left, where they were made from what the files say now."""
+    methods = {}
+    for family, names in FAMILIES.items():
+        for name in names:
+            made_from = inputs(name, sizes)
+            runs = {s: found(place.run(name, s), made_from) for s in sizes.seeds}
+            done = {seed: run for seed, run in runs.items() if run is not None}
+            methods[name] = {
+                "family": family,
+                "seeds": list(done),
+                **{k: [run[k] for run in done.values()] for k in MEASURES},
+                **{k: next((run[k] for run in done.values()), None) for k in COUNTS},
+            }
+    timed = json.loads(place.times.read_text()) if place.times.exists() else None
+    return {
+        "sizes": asdict(sizes),
+        "base": found(place.runs / "base.json", {}),
+        "timed": timed and {k: timed[k] for k in ("device", "torch")},
+        "times": timed and timed["methods"],
+        "methods": methods,
+    }
 
 
 def work(method: str, sizes: Sizes, place: Place) -> None:
@@ -209,7 +246,7 @@ def work(method: str, sizes: Sizes, place: Place) -> None:
         start = time.perf_counter()
         content = accuracy(method, seed, sizes, place)
         keep(place.run(method, seed), made_from, content)
-        shown = ", ".join(f"{k} {content[k]:.3f}" for k in ("accuracy", "shift", "recall", "mrr"))
+        shown = ", ".join(f"{k} {content[k]:.3f}" for k in MEASURES)
         print(f"{method}, seed {seed}: {shown} ({time.perf_counter() - start:.0f} s)", flush=True)
 
 
@@ -221,10 +258,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--runs", type=Path, help="where the runs lie")
     parser.add_argument("--worker", help=argparse.SUPPRESS)  # a method, run in this process
     return parser.parse_args()
-
-
-def parts(only: str | None) -> Iterator[str]:
-    yield from [only] if only else ("accuracy", "times", "table")
 
 
 def main() -> None:
@@ -239,7 +272,7 @@ def main() -> None:
     if given.worker:
         work(given.worker, sizes, place)
         return
-    for part in parts(given.part):
+    for part in [given.part] if given.part else ("accuracy", "times", "table"):
         if part == "accuracy":
             prepare(sizes, place)
             if not (place.runs / "base.json").exists():
@@ -250,13 +283,12 @@ def main() -> None:
                     again = [sys.executable, __file__, *sys.argv[1:], "--worker", method]
                     subprocess.run(again, check=True, env=ENVIRONMENT)
         elif part == "times":
-            from compare_times import measure
-
-            measure(methods, sizes, place)
+            prepare(sizes, place)
+            time_all(methods, sizes, place)
         else:
-            from compare_table import report
+            from compare_table import write
 
-            report(sizes, place, HERE if not given.smoke else place.runs)
+            write(collect(sizes, place), place.runs if given.smoke else HERE)
 
 
 if __name__ == "__main__":
