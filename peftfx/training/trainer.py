@@ -13,16 +13,45 @@ import transformers
 from torch import nn
 
 from peftfx.binding import bound
+from peftfx.distillation import Distillation
 from peftfx.loading import load
 from peftfx.operations import parameter_groups
 
 
 class Trainer(transformers.Trainer):
-    """A ``transformers.Trainer`` whose checkpoints are adapters. The model has to be adapted."""
+    """A ``transformers.Trainer`` whose checkpoints are adapters. The model has to be adapted.
 
-    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    Args:
+        distillation: adds its teacher's terms to the loss that trains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *args: Any,
+        distillation: Distillation | None = None,
+        **kwargs: Any,
+    ) -> None:
         bound(model)
+        self.distillation = distillation
         super().__init__(model, *args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The loss, with the teacher's terms where there is a teacher and the model trains."""
+        if self.distillation is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.distillation(inputs) as target:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = target.loss(outputs)
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
+            extra = extra / self.current_gradient_accumulation_steps  # as the loss is already
+        return (loss + extra, outputs) if return_outputs else loss + extra
 
     @staticmethod
     def get_optimizer_cls_and_kwargs(

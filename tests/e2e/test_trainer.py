@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.training.trainer import Trainer
 from tests.architectures import by_name
-from tests.helpers import output
+from tests.helpers import fill, output
 
 SPEC: dict[str, Any] = {
     "rules": [
@@ -140,6 +140,47 @@ def test_accumulation_and_checkpointing_as_peft_has_them(
 
 def by_parameter(model: nn.Module) -> dict[str, Tensor]:
     return {k: v for k, v in tensors(model).items() if "lora" in k or "classifier" in k}
+
+
+def test_distillation_by_the_trainer(tmp_path: Path) -> None:
+    """One step over two batches is the step over both at once, each of its terms the mean."""
+    data = CausalData()
+    steps: dict[str, Any] = {
+        "optim": "sgd", "gradient_accumulation_steps": 2, "max_grad_norm": 0.0,
+        "lr_scheduler_type": "constant",
+    }  # fmt: skip
+    ours, theirs = by_name("llama").build(), by_name("llama").build()
+    for model in (ours, theirs):
+        peftfx.backend({"rules": [{**SPEC["rules"][0], "dropout": 0.0}]}).bind(model)
+        fill(peftfx.parameters(model))
+        model.eval()
+    start = tensors(ours)
+    kept = peftfx.Distillation(ours, hidden="*.layers.?", hidden_weight=3.0)
+    made = trainer(ours, tmp_path, **steps)
+    made.distillation, made.train_dataset, made.args.max_steps = kept, data, 1
+    made.args.per_device_train_batch_size = 2
+    made.train()
+    inputs = {"input_ids": data.ids, "labels": data.ids}
+    with peftfx.Distillation(theirs, hidden="*.layers.?", hidden_weight=3.0)(inputs) as target:
+        outputs = theirs(**inputs)
+    (outputs.loss + target.loss(outputs)).backward()
+    torch.optim.SGD(peftfx.parameters(theirs), lr=1e-2).step()
+    for key, value in tensors(theirs).items():
+        moved = value - start[key]
+        assert moved.abs().max() > 0 and torch.allclose(tensors(ours)[key] - start[key], moved,
+                                                        rtol=1e-3, atol=1e-7), key  # fmt: skip
+
+
+class CausalData(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Four texts of one length."""
+
+    ids = torch.randint(3, 61, (4, 8), generator=torch.Generator().manual_seed(3))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict[str, Tensor]:
+        return {"input_ids": self.ids[i], "labels": self.ids[i]}
 
 
 def test_best_model_comes_back(tmp_path: Path) -> None:
