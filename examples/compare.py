@@ -69,8 +69,8 @@ class Sizes:
 
 
 SMOKE = Sizes(
-    packages=("numpy", "networkx"), classes=2, train=32, test=32, shift=16, pairs=16, epochs=1,
-    seeds=(0,), lower="eager", lower_timed="eager", rounds=2,
+    packages=("numpy", "networkx"), classes=2, train=32, test=32, shift=16, pairs=16, tokens=16,
+    pair_tokens=24, epochs=1, seeds=(0,), lower="eager", lower_timed="eager", rounds=2,
 )  # fmt: skip
 
 
