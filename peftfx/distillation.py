@@ -2,32 +2,24 @@
 
 The KL of softened logits (Hinton et al., 2015, arXiv 1503.02531) and the squared distance of what
 chosen modules give (FitNets, Romero et al., 2015, arXiv 1412.6550), means over the rows that count.
-Outputs of modules are taken by forward hooks, which Dynamo traces with the model: they become
-outputs of its graph.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from peftfx import dynamo, mark
 from peftfx.binding import unwrap
 from peftfx.divergence import kl, wide
-from peftfx.errors import DistillationError, nearest
-from peftfx.operations import disabled
-from peftfx.select import glob_matches
-from peftfx.site import SLOT
+from peftfx.errors import DistillationError
+from peftfx.operations import disabled, is_adapted
 from peftfx.trace import inputs_of
-
-Globs = str | Sequence[str]
-Seen = list[tuple[str, Tensor]]  # names of modules and their outputs
+from peftfx.watch import Chosen, Seen, Watch, modules_of
 
 
 class Distillation:
@@ -48,7 +40,8 @@ class Distillation:
         teacher: another model; without one the base, *model* with its adapters off.
         temperature: T.
         weight: of the KL term; 0 leaves it out.
-        hidden: globs of modules whose outputs are compared, such as all blocks.
+        hidden: modules whose outputs are compared, by globs of their names, such as all blocks; or
+            by the selectors of a spec, ``{"role": "residual.mlp", "layers": "last 2"}``.
         teacher_hidden: the same in the teacher, where they have other names there. Modules are
             paired in the order in which they run.
         hidden_weight: of the MSE term, the mean over those pairs.
@@ -56,9 +49,11 @@ class Distillation:
         shift: whether row t foretells label t + 1, as in causal language models; None: as HF's
             ``loss_type`` says.
         ignore: the label of rows that do not count. Nor do those that an attention mask hides.
+        example: inputs of both, for selectors by role; HF models need none.
 
     Raises:
         BindError: *model* is not adapted, and there is no other teacher.
+        RoleError, SpecError: selectors that mean no module, or cannot be.
         DistillationError: a glob that names no module, or a number that cannot be.
     """
 
@@ -69,12 +64,13 @@ class Distillation:
         *,
         temperature: float = 2.0,
         weight: float = 1.0,
-        hidden: Globs = (),
-        teacher_hidden: Globs | None = None,
+        hidden: Chosen = (),
+        teacher_hidden: Chosen | None = None,
         hidden_weight: float = 1.0,
         chunk: int = 1024,
         shift: bool | None = None,
         ignore: int = -100,
+        example: Any = None,
     ) -> None:
         if min(weight, hidden_weight) < 0 or temperature <= 0 or chunk < 1:
             raise DistillationError("a weight below 0, or a temperature or chunk that is not above")
@@ -86,11 +82,12 @@ class Distillation:
         self.chunk, self.ignore = chunk, ignore
         causal = getattr(self.student, "loss_type", None) == "ForCausalLM"
         self.shift = causal if shift is None else shift
-        with self._teaching():  # an error shows now
-            pass
-        self.of_student = Watch(self.student, hidden)
-        globs = hidden if teacher_hidden is None else teacher_hidden
-        self.of_teacher = Watch(self.teacher, globs)
+        other = hidden if teacher_hidden is None else teacher_hidden
+        with self._teaching():  # selectors are told of the base; and what forbids it shows now
+            taught = modules_of(self.teacher, other, example)
+        with disabled(self.student) if is_adapted(self.student) else nullcontext():
+            learned = modules_of(self.student, hidden, example)
+        self.of_student, self.of_teacher = Watch(learned), Watch(taught)
 
     @contextmanager
     def __call__(self, inputs: Any) -> Iterator[Target]:
@@ -198,59 +195,6 @@ class Target:
         if self.distillation.shift:
             said = nn.functional.pad(said[..., 1:], (0, 1))
         return counts & said
-
-
-class Watch:
-    """What chosen modules of a model give, in the order in which they run."""
-
-    def __init__(self, model: nn.Module, globs: Globs) -> None:
-        self.on, self.seen = False, Seen()
-        self.modules: dict[str, nn.Module] = {}
-        known = {n: m for n, m in model.named_modules() if n and SLOT not in n.split(".")}
-        for glob in [globs] if isinstance(globs, str) else globs:
-            matched = {n: m for n, m in known.items() if glob_matches(glob, n)}
-            if not matched:
-                what = f"{glob!r} names no module of {type(model).__name__}"
-                raise DistillationError(what, remedy=nearest(glob, known))
-            self.modules |= matched
-        self.hooks = {
-            name: module.register_forward_hook(functools.partial(self.see, name))
-            for name, module in self.modules.items()
-        }
-
-    def see(self, name: str, module: nn.Module, args: Any, out: Any) -> None:
-        """The forward hook: a tensor, or the first of those that the module gives."""
-        if self.on:
-            several = out.values() if isinstance(out, Mapping) else out
-            self.seen.append((name, out if isinstance(out, Tensor) else next(iter(several))))
-
-    @contextmanager
-    def watching(self) -> Iterator[Seen]:
-        """Gives a list that is filled at the end of the block, with each chosen module in it."""
-        for name, module in self.modules.items():
-            later = [f for i, f in module._forward_hooks.items() if i > self.hooks[name].id]
-            if mark.after in later:
-                raise DistillationError(
-                    "an adapter was added here after the distillation was made, which looks first",
-                    site=name,
-                    remedy="make another Distillation",
-                )
-        found = Seen()
-        self.on = True
-        try:
-            with dynamo.effects_in_checkpoints():
-                yield found
-            found += self.seen
-        finally:
-            self.on = False
-            self.seen.clear()  # the same list always, for graphs hold on to it
-        missed = self.modules.keys() - {name for name, _ in found}
-        if missed:
-            raise DistillationError(
-                "this module did not run",
-                site=min(missed),
-                remedy="choose modules that the model calls, and run it inside the block",
-            )
 
 
 def logits_of(out: Any) -> Tensor:

@@ -15,6 +15,7 @@ from peftfx.layout import Layout, layout
 from peftfx.methods.method import Method, Param
 from peftfx.roles import Roles
 from peftfx.roles import roles as roles_of
+from peftfx.select import Selector
 from peftfx.site import OUTPUT, Site, outputs, sites
 from peftfx.spec import Rule, Spec
 from peftfx.trace import Trace, trace
@@ -234,6 +235,22 @@ def _outputs(model: nn.Module, roles: Roles) -> Iterator[Site]:
     for site in outputs(model, places):
         told = frozenset(output.role for output in roles.outputs[site.module])
         yield replace(site, roles=told, stack=roles.stack(site.module))
+
+
+def outputs_of(model: nn.Module, selector: Selector, example: Any = None) -> list[str]:
+    """The modules whose outputs *selector* means: the model's sublayers, by their roles.
+
+    Raises:
+        RoleError: it means none.
+    """
+    known = list(_outputs(model, roles_of(trace(model, example))))
+    chosen = [s.module for s in known if selector.matches(s, Method, s.layers or 0)]
+    if not chosen:
+        raise RoleError(
+            f"no output of a sublayer is meant by {selector}",
+            remedy=nearest(selector.role[0] if selector.role else "", (s.module for s in known)),
+        )
+    return chosen
 
 
 def _open_to(rule: Rule, site: Site) -> bool:

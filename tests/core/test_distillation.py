@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import peftfx
-from peftfx.errors import BindError, DistillationError
+from peftfx.errors import BindError, DistillationError, RoleError
 from tests.architectures import by_name
 from tests.helpers import fill
 
@@ -279,6 +279,28 @@ def test_evaluation_and_generation_are_not_watched() -> None:
         for m in model.modules()
         for f in m._forward_hooks.values()
     )
+
+
+def test_selectors_of_specs() -> None:
+    """The outputs of sublayers, by their roles: in a student and a teacher of other names too."""
+    _, model = pair("bert", None)
+    inputs = batch("bert")
+    chosen = {"role": "residual.mlp", "layers": "last 1"}
+    distillation = peftfx.Distillation(model, weight=0, hidden=chosen)
+    with distillation(inputs) as target:
+        outputs = model(**inputs)
+    (site, learned), (_, taught) = target.learned[0], target.taught[0]
+    assert site.startswith("bert.encoder.layer.1.") and len(target.learned) == 1
+    mask = inputs["attention_mask"] == 1
+    assert torch.allclose(target.loss(outputs), (learned - taught)[mask].square().mean())
+    distillation.remove()
+    llama = by_name("llama").build()
+    others = peftfx.Distillation(model, llama, weight=0, hidden=chosen)
+    assert [n for n in others.of_teacher.modules if n.startswith("model.layers.1")]
+    with pytest.raises(DistillationError, match="unknown selector 'rol'"):
+        peftfx.Distillation(model, hidden={"rol": "residual.mlp"})
+    with pytest.raises(RoleError, match="is meant by"):
+        peftfx.Distillation(model, hidden={"role": "residual.mlp", "layers": 7})
 
 
 def refused(match: str, model: nn.Module, *args: Any, **options: Any) -> None:
