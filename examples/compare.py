@@ -67,6 +67,11 @@ class Sizes:
             "shift": Split("test", self.shift, ("class",)),
         }
 
+    @property
+    def similar(self) -> dict[str, Any]:
+        """What the base's own task depends on."""
+        return {"classes": self.classes, "pairs": self.pairs, "tokens": self.pair_tokens}
+
 
 SMOKE = Sizes(
     packages=("numpy", "networkx"), classes=2, train=32, test=32, shift=16, pairs=16, tokens=16,
@@ -86,6 +91,10 @@ class Place:
     @property
     def data(self) -> Path:
         return self.runs / "data"
+
+    @property
+    def base(self) -> Path:
+        return self.runs / "base.json"
 
     @property
     def times(self) -> Path:
@@ -232,7 +241,7 @@ def collect(sizes: Sizes, place: Place) -> dict[str, Any]:
     timed = json.loads(place.times.read_text()) if place.times.exists() else None
     return {
         "sizes": asdict(sizes),
-        "base": found(place.runs / "base.json", {}),
+        "base": found(place.base, sizes.similar),
         "timed": timed and {k: timed[k] for k in ("device", "torch")},
         "times": timed and timed["methods"],
         "methods": methods,
@@ -275,8 +284,8 @@ def main() -> None:
     for part in [given.part] if given.part else ("accuracy", "times", "table"):
         if part == "accuracy":
             prepare(sizes, place)
-            if not (place.runs / "base.json").exists():
-                keep(place.runs / "base.json", {}, untouched(sizes, place))
+            if found(place.base, sizes.similar) is None:
+                keep(place.base, sizes.similar, untouched(sizes, place))
             for method in methods:
                 if missing(method, sizes, place):
                     # a process of its own: nothing of one method is left for the next

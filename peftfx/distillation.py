@@ -72,7 +72,7 @@ class Distillation:
         ignore: int = -100,
         example: Any = None,
     ) -> None:
-        if min(weight, hidden_weight) < 0 or temperature <= 0 or chunk < 1:
+        if not (min(weight, hidden_weight) >= 0 and temperature > 0 and chunk >= 1):
             raise DistillationError("a weight below 0, or a temperature or chunk that is not above")
         if not weight and not (hidden and hidden_weight):
             raise DistillationError("nothing is compared", remedy="give `weight`, or `hidden`")
@@ -97,7 +97,9 @@ class Distillation:
             DistillationError: a chosen module did not run, in the teacher or in the block.
         """
         args, kwargs = inputs_of(self.student, inputs)
-        given = {name: value for name, value in kwargs.items() if name != "labels"}
+        given = dict(kwargs)
+        if "decoder_input_ids" in given or not _decodes(self.teacher):  # it makes them of labels
+            given.pop("labels", None)
         with self._teaching(), self.of_teacher.watching() as taught:
             out = self.teacher(*args, **given)
         logits = logits_of(out) if self.weight else None
@@ -178,9 +180,8 @@ class Target:
 
     def _mask(self, rows: Tensor, decoder: bool = True) -> Tensor:
         """Which rows the attention mask shows that is for them; all, where there is none."""
-        config = getattr(self.distillation.student, "config", None)
-        decoder = decoder and bool(getattr(config, "is_encoder_decoder", False))
-        mask = self.inputs.get("decoder_attention_mask" if decoder else "attention_mask")
+        theirs = decoder and _decodes(self.distillation.student)
+        mask = self.inputs.get("decoder_attention_mask" if theirs else "attention_mask")
         if not isinstance(mask, Tensor) or mask.shape != rows.shape:
             return torch.ones_like(rows, dtype=torch.bool)
         return mask.to(rows.device) != 0
@@ -195,6 +196,11 @@ class Target:
         if self.distillation.shift:
             said = nn.functional.pad(said[..., 1:], (0, 1))
         return counts & said
+
+
+def _decodes(model: nn.Module) -> bool:
+    """Whether *model* is an encoder-decoder."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def logits_of(out: Any) -> Tensor:
