@@ -30,9 +30,9 @@ FAMILIES = {
     "yardstick": ("head", "full"),
     "selective": ("bitfit", "norm", "last"),
     "reparametrised": ("lora", "dora", "ia3"),
-    "additive": ("prompt", "prefix"),
+    "additive": ("prompt", "prefix", "bottleneck"),
     "sparse": ("sparse_magnitude", "sparse_fisher"),
-    "combined": ("lora_bitfit",),
+    "combined": ("lora_bitfit", "mam"),
 }
 FROZEN = "frozen"  # a spec by which next to nothing trains: the denominator of times
 MEASURES = ("accuracy", "shift", "recall", "mrr")
