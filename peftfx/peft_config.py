@@ -247,7 +247,12 @@ def _known(content: Mapping[str, Any], adapted: Iterable[str], model: nn.Module)
     weights = {s.module: s for s in every if s.parameter == "weight" and not s.computed}
     modules = [n for n, _ in model.named_modules(remove_duplicate=False) if n]
     find = getattr(model, "get_input_embeddings", None)
-    table = next((n for n, m in model.named_modules() if find is not None and m is find()), None)
+    try:
+        embeddings = find() if find is not None else None
+    except NotImplementedError:  # transformers has it for models without a table too
+        embeddings = None
+    named = model.named_modules()
+    table = next((n for n, m in named if m is embeddings), None)
     wanted = {*adapted}
     return Known(
         weights=weights,
