@@ -2,13 +2,15 @@
 
 Checkpoints hold only the adapter (``save_pretrained`` of a bound model writes nothing else); this
 handle loads them back when training resumes or the best model is restored. Its optimizer obeys the
-rates of the spec's rules.
+rates of the spec's rules, its loss has their penalties, and their schedules are stepped and kept.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 
@@ -16,6 +18,10 @@ from peftfx.binding import bound
 from peftfx.distillation import Distillation
 from peftfx.loading import load
 from peftfx.operations import parameter_groups
+from peftfx.regularization import penalty
+from peftfx.schedule import Schedule
+
+SCHEDULE = "peftfx_schedule.pt"
 
 
 class Trainer(transformers.Trainer):
@@ -35,6 +41,8 @@ class Trainer(transformers.Trainer):
         bound(model)
         self.distillation = distillation
         super().__init__(model, *args, **kwargs)
+        self.schedule = Schedule(model)
+        self.add_callback(_Steps(self.schedule))
 
     def compute_loss(
         self,
@@ -43,12 +51,16 @@ class Trainer(transformers.Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss, with the teacher's terms where there is a teacher and the model trains."""
-        if self.distillation is None or not model.training:
+        """The loss; while the model trains, with the rules' penalties and the teacher's terms."""
+        if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.distillation(inputs) as target:
+        extra = penalty(model)
+        if self.distillation is None:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        extra = target.loss(outputs)
+        else:
+            with self.distillation(inputs) as target:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            extra = extra + target.loss(outputs)
         if self.model_accepts_loss_kwargs and num_items_in_batch is not None:
             extra = extra / self.current_gradient_accumulation_steps  # as the loss is already
         return (loss + extra, outputs) if return_outputs else loss + extra
@@ -68,9 +80,27 @@ class Trainer(transformers.Trainer):
         self, resume_from_checkpoint: str, model: nn.Module | None = None
     ) -> None:
         _load(self.model if model is None else model, resume_from_checkpoint)
+        kept = Path(resume_from_checkpoint) / SCHEDULE
+        if kept.exists():
+            self.schedule.load_state_dict(torch.load(kept, weights_only=True))
 
     def _load_best_model(self) -> None:
         _load(self.model, str(self.state.best_model_checkpoint))
+
+
+class _Steps(transformers.TrainerCallback):
+    """Steps the rules' schedules with the optimizer, and saves where they are."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self.schedule.step()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            torch.save(self.schedule.state_dict(), directory / SCHEDULE)
 
 
 def _load(model: Any, directory: str) -> None:

@@ -56,6 +56,45 @@ def adapted() -> nn.Module:
     return model
 
 
+def scheduled() -> nn.Module:
+    """Rules with schedules and penalties: ranks are budgeted, adapters dropped, weights held."""
+    torch.manual_seed(0)
+    model = by_name("bert").build()
+    rules = [
+        {"method": "adalora", "role": "attention.query", "rank": 4, "target": 1, "warmup": 1,
+         "end": 6},
+        {"method": "bottleneck", "role": "residual.mlp", "size": 3, "drop": 2},
+        {"method": "train", "name": "classifier", "l2_sp": 0.5},
+    ]  # fmt: skip
+    peftfx.adapt(model, {"rules": rules}, lower="eager")
+    return model
+
+
+def test_schedules_and_penalties_of_rules(tmp_path: Path) -> None:
+    model = scheduled()
+    made = trainer(model, tmp_path / "whole")
+    made.train()
+    assert made.schedule.steps == 8
+    whole = tensors(model)
+    on = {n: float(t) for n, t in whole.items() if n.endswith(".on")}
+    ranks = [t for n, t in whole.items() if ":adalora." in n and t.numel() == 4]
+    assert len(on) == 2 and sum(int((t == 0).sum()) for t in ranks) == 2 * 3
+
+    again = scheduled()  # the penalty is part of the loss
+    fill(peftfx.parameters(again))
+    kept = trainer(again.train(), tmp_path / "loss")
+    batch = {"input_ids": Data().ids[:4], "labels": Data().labels[:4]}
+    extra = kept.compute_loss(again, batch) - again(**batch).loss
+    penalty = peftfx.penalty(again).item()
+    assert penalty > 1e-3 and extra.item() == pytest.approx(penalty, rel=1e-4)
+
+    resumed = scheduled()
+    other = trainer(resumed, tmp_path / "resumed")
+    other.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-4"))
+    assert other.schedule.steps == 8
+    assert all(torch.equal(whole[k], v) for k, v in tensors(resumed).items())
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.clone() for k, v in peftfx.state_dict(model).items()}
 
