@@ -168,7 +168,7 @@ def test_every_method_for_linears(row: Any, apart: bool) -> None:
     try:
         peftfx.merge(model)
     except MergeError:
-        assert row.options.get("bias")
+        assert row.options.get("bias") or not row.merges
         return
     same(model(x, *others), want)
 
