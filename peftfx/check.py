@@ -48,7 +48,7 @@ def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | 
     except AttributeError:
         return "the module is gone"
     weight = owner._parameters.get(p.site.parameter)
-    if torch.jit.is_tracing():  # type: ignore[no-untyped-call]
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         weight = None  # shapes are tensors there, which no condition may ask
     if weight is not None and weight.is_floating_point() and tuple(weight.shape) != p.site.whole:
         return f"the parameter is {list(weight.shape)}, and was {list(p.site.whole)} when bound"
