@@ -185,7 +185,7 @@ def test_methods_of_parameters_leave_outputs_alone() -> None:
 
 def test_what_no_module_gives_is_refused() -> None:
     rule = {"method": Bottleneck.name, "role": "mlp", "parallel": True}
-    with pytest.raises(RoleError, match=r"shows block, residual\.attention, residual\.mlp") as caught:
+    with pytest.raises(RoleError, match=r"block, residual\.attention, residual\.mlp") as caught:
         make_plan(by_name("bert").build(), {"rules": [rule]})
     assert "layer.0.output.dense.weight (no module is this mlp alone" in str(caught.value)
     with pytest.raises(PlanError, match="both act here"):
