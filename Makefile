@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH ?= 2.13.0
 
-.PHONY: setup demo compare test test-slow lint format bench test-versions clean
+.PHONY: setup demo compare test test-slow test-sweep lint format bench test-versions clean
 
 setup: $(VENV)/.done
 
@@ -24,10 +24,13 @@ compare: setup
 	$(BIN)/python examples/compare.py
 
 test: setup
-	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not gpu" -p no:cacheprovider --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not sweep and not gpu" -p no:cacheprovider --durations=15
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m "slow and not gpu" -p no:cacheprovider --durations=15
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "slow and not gpu" -p no:cacheprovider --durations=15
+
+test-sweep: setup
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "sweep and not gpu" -p no:cacheprovider --durations=15
 
 lint: setup
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ for version in "$@"; do
             "$env/bin/pip" install --quiet --constraint "$env/constraints.txt" --editable ".[test]" &&
             touch "$env/.done" || { echo "torch $version: set-up failed"; failed=1; continue; }
     fi
-    if "$env/bin/python" -m pytest -q -n 2 -p no:cacheprovider -m "not slow and not gpu" \
+    if "$env/bin/python" -m pytest -q -n 2 -p no:cacheprovider -m "not slow and not sweep and not gpu" \
         tests/core tests/passes tests/kernels > "$env/log" 2>&1; then
         echo "torch $version: $(tail -1 "$env/log")"
     else

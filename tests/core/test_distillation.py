@@ -107,7 +107,7 @@ def expected(
 @pytest.mark.parametrize(
     ("name", "lower"),
     [("bert", "aot_eager"), ("llama", None), *(
-        pytest.param(name, lower, marks=pytest.mark.slow)
+        pytest.param(name, lower, marks=pytest.mark.sweep)
         for name in BLOCKS
         for lower in ("eager", "inductor")
     )],

@@ -95,7 +95,7 @@ def adapted_by_hand(
 
 FAST = [("llama", True), *((n, False) for n in ("llama", "bert", "t5", "gpt2", "vit"))]
 CASES = [
-    pytest.param(name, parallel, marks=[pytest.mark.slow] if (name, parallel) not in FAST else [])
+    pytest.param(name, parallel, marks=[pytest.mark.sweep] if (name, parallel) not in FAST else [])
     for name in SHOWN
     for parallel in (False, True)
     if not (parallel and not set(SUBLAYERS) & set(by_name(name).outputs))

@@ -33,7 +33,7 @@ from tests.e2e.test_architectures import example_of
 ALL = pytest.mark.parametrize("arch", ARCHITECTURES, ids=str)
 FLEX = ("llama", "bert", "bart", "vit")  # in the default suite
 WRITTEN = [
-    pytest.param(a, how, marks=[pytest.mark.slow] if how != "eager" and a.name not in FLEX else [])
+    pytest.param(a, how, marks=[pytest.mark.sweep] if how != "eager" and a.name not in FLEX else [])
     for a in ARCHITECTURES for how in a.attention
 ]  # fmt: skip
 
@@ -104,13 +104,13 @@ def _bfloat16(arch: Architecture) -> Architecture:
 NARROW = [a for a in ARCHITECTURES if a not in (*PLAIN, *MIXTURES)]
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("arch", NARROW, ids=str)
 def test_in_bfloat16(arch: Architecture) -> None:
     check(_bfloat16(arch))
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "falcon", "deepseek-v3", "t5", "bart"])
 def test_with_a_cache_and_a_mask(name: str) -> None:
     arch = by_name(name)

@@ -136,7 +136,7 @@ class _Changed(nn.Module):
         return functional_call(self.base, self.weights, args, kwargs)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @ALL
 def test_all_five_compiled(arch: Architecture) -> None:
     base = arch.build().requires_grad_(False)
@@ -151,7 +151,7 @@ SLOW = ("ia3", "norm")
 
 @ALL
 @pytest.mark.parametrize(
-    "name", [pytest.param(s, marks=[pytest.mark.slow] if s in SLOW else []) for s in SPECS]
+    "name", [pytest.param(s, marks=[pytest.mark.sweep] if s in SLOW else []) for s in SPECS]
 )
 def test_acts_saves_and_merges(arch: Architecture, name: str, tmp_path: Path) -> None:
     rule = SPECS[name]

@@ -46,7 +46,7 @@ def test_hopper() -> None:
     check("sm_90:bfloat16")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "sm_90:bfloat16"])
 def test_others(variant: str) -> None:
     check(variant)

@@ -25,7 +25,7 @@ EVERY = pytest.mark.parametrize("row", ROWS, ids=str)
 # compiling takes seconds: one row for each method, the others with the slow tests
 FIRST = {r.method: r.id for r in reversed(ROWS)}
 COMPILED = [
-    pytest.param(r, id=str(r), marks=[] if FIRST[r.method] == r.id else [pytest.mark.slow])
+    pytest.param(r, id=str(r), marks=[] if FIRST[r.method] == r.id else [pytest.mark.sweep])
     for r in ROWS
 ]
 
@@ -129,7 +129,7 @@ def test_trains_in_one_graph(row: Row) -> None:
     trains(row, "aot_eager")
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 @EVERY
 def test_trains_through_inductor(row: Row) -> None:
     trains(row, "inductor")

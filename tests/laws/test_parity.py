@@ -24,7 +24,7 @@ from tests.methods import BY_ID, ROWS, Row, targets
 
 BREAKS = {"mixtral"}  # its experts' loop reads values: torch breaks the base's graph too
 CASES = [
-    pytest.param(row, name, id=f"{row}-{name}", marks=[pytest.mark.slow] if i else [])
+    pytest.param(row, name, id=f"{row}-{name}", marks=[pytest.mark.sweep] if i else [])
     for row in ROWS
     for i, name in enumerate(dict.fromkeys(row.on))
 ]
