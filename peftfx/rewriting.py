@@ -51,6 +51,13 @@ def rewrite(
     for placement, _ in binding.installed:
         if placement.method.acts != "parameter":
             placed.setdefault(placement.site.module, []).append(placement)
+        if placement.method.positional():
+            raise BindError(
+                "positions are counted by a module that is given the mask, and a graph has none",
+                where=placement.where,
+                site=placement.site.name,
+                remedy="act at all positions, or compile the model",
+            )
     for path, adapters in placed.items():
         calls = list(gm.graph.find_nodes(op="call_module", target=path))
         if not calls:
@@ -164,10 +171,12 @@ def _marked(
 
 def _attr(gm: fx.GraphModule, path: str) -> fx.Node:
     """A tensor of *gm*, read at the graph's start, so that any group of its users can be joined."""
+    outer, _, leaf = path.rpartition(".")
+    owner = gm.get_submodule(outer)
+    value = owner._parameters.get(leaf)  # past what marks the reads of others
     with gm.graph.inserting_before(next(iter(gm.graph.nodes))):
-        node = gm.graph.get_attr(path)
-    owner, _, leaf = path.rpartition(".")
-    node.meta[engine.VALUE] = getattr(gm.get_submodule(owner), leaf)
+        node = gm.graph.create_node("get_attr", path)
+    node.meta[engine.VALUE] = getattr(owner, leaf) if value is None else value
     return node
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import peftfx
 from peftfx.backends import Backend
-from peftfx.errors import MergeError, PlanError
+from peftfx.errors import BindError, MergeError, PlanError
 from tests.helpers import fill, relative
 from tests.methods import ROWS, merges, start_of
 
@@ -178,6 +178,10 @@ def rewritten(
     base: nn.Module, model: nn.Module, spec: Any, ids: Tensor, eager: Tensor, grads: Any
 ) -> None:
     """The passes on an fx graph: the marks' result, their gradients, and no others."""
+    if any(rule.get("first") or rule.get("last") for rule in spec["rules"]):
+        with pytest.raises(BindError, match="positions are counted"):
+            peftfx.rewrite(fx.symbolic_trace(base), spec)
+        return
     gm = peftfx.rewrite(fx.symbolic_trace(base), spec)
     peftfx.load_state_dict(gm, peftfx.state_dict(model))
     out = gm(ids)
