@@ -34,7 +34,7 @@ def test_ten_thousand() -> None:
     fuzz(0, 10_000)
 
 
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_ninety_thousand() -> None:
     fuzz(10_000, 90_000)
 
