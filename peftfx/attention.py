@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,8 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from peftfx import dynamo
 from peftfx.errors import BindError, NotAdaptedError
+from peftfx.hooks import hooked, unhook
 from peftfx.kernels.prefix_attention import op
 from peftfx.methods.method import decode
+from peftfx.standing import stand_in
 
 _SCOPE = "_peftfx_scope"
 _MOVED = "_peftfx_moved"
@@ -217,19 +219,7 @@ def _rows(module: nn.Module) -> Tensor:
 @functools.cache
 def _moving(cls: Any) -> type[nn.Module]:
     """A subclass of *cls*, a table that is read by position, which is read from row P on."""
-    members = {
-        "weight": property(_rows),
-        "__reduce_ex__": lambda self, protocol: (_new, (cls,), self.__dict__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        _PLAIN: cls,
-    }
-    return type(cls.__name__, (cls,), members)
-
-
-def _new(cls: Any) -> nn.Module:
-    adapted = _moving(cls)
-    return adapted.__new__(adapted)
+    return stand_in(cls, _moving, weight=property(_rows), **{_PLAIN: cls})
 
 
 # -- setting up ------------------------------------------------------------------------------------
@@ -264,12 +254,11 @@ def _note(module: nn.Module, name: str, entry: Any) -> bool:
 def scoped(model: nn.Module, around: Mapping[str, Any]) -> bool:
     """Whether what :func:`scope` did is still in place."""
     owner = model.get_submodule(around["scope"])
-    if enter not in owner._forward_pre_hooks.values() or leave not in owner._forward_hooks.values():
+    if not (hooked(owner, enter) and hooked(owner, leave)):
         return False
     moved = [(model.get_submodule(path), kind) for path, kind in around["positions"]]
     return all(
-        move in m._forward_pre_hooks.values() if kind == "rotary" else hasattr(type(m), _PLAIN)
-        for m, kind in moved
+        hooked(m, move) if kind == "rotary" else hasattr(type(m), _PLAIN) for m, kind in moved
     )
 
 
@@ -288,20 +277,6 @@ def tidy(model: nn.Module) -> None:
 
 
 def _clear(module: nn.Module, name: str) -> None:
-    for hooks, extras, hook in _hooks(module, name):
-        for handle in [h for h, f in hooks.items() if f is hook]:
-            del hooks[handle]
-            for extra in extras:
-                extra.pop(handle, None)
+    unhook(module, *((move,) if name == _MOVED else (enter, leave)))
     if name == _MOVED and hasattr(type(module), _PLAIN):
         module.__class__ = getattr(type(module), _PLAIN)
-
-
-def _hooks(module: nn.Module, name: str) -> Iterator[tuple[Any, tuple[Any, ...], Any]]:
-    before = (module._forward_pre_hooks, (module._forward_pre_hooks_with_kwargs,))
-    if name == _MOVED:
-        yield *before, move
-        return
-    yield *before, enter
-    extras = (module._forward_hooks_with_kwargs, module._forward_hooks_always_called)
-    yield module._forward_hooks, extras, leave

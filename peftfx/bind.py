@@ -30,6 +30,7 @@ from peftfx.binding import (
 from peftfx.check import check
 from peftfx.distributed import is_sharded, refuse_shards, refuse_unsummed
 from peftfx.errors import BindError, TraceError
+from peftfx.hooks import unhook
 from peftfx.install import (
     create,
     exchange,
@@ -270,9 +271,7 @@ def release(model: nn.Module) -> nn.Module:
     for name, own in model.named_parameters():
         own.requires_grad_(binding.flags.get(name, own.requires_grad))
         disown(own)
-    for key in [k for k, f in model._forward_pre_hooks.items() if f is _before_root]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
+    unhook(model, _before_root)
     states.unhook(model)
     model.__dict__.pop("enable_input_require_grads", None)
     del model.__dict__[ATTRIBUTE]

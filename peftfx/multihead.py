@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from peftfx import mark
 from peftfx.errors import NotAdaptedError
+from peftfx.hooks import hooked, unhook
 from peftfx.plans import Plan
 from peftfx.site import BASE, PACKED, PROJECTIONS, SLOT, Site
+from peftfx.standing import stand_in
 
 _NESTS = "_peftfx_nests"  # of an nn.TransformerEncoder: that it made nested tensors before
 
@@ -144,19 +146,7 @@ def _appended(
 
 @functools.cache
 def _expanded(cls: Any) -> type[nn.Module]:
-    members = {
-        "forward": forward,
-        "__reduce_ex__": lambda self, protocol: (_new, (cls,), self.__dict__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        BASE: cls,
-    }
-    return type(cls.__name__, (cls,), members)
-
-
-def _new(cls: Any) -> nn.Module:
-    adapted = _expanded(cls)
-    return adapted.__new__(adapted)
+    return stand_in(cls, _expanded, forward=forward, **{BASE: cls})
 
 
 def refuse_nested(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -206,8 +196,8 @@ def armed(model: nn.Module, site: Site) -> bool:
     if path is None:
         return True
     module = model.get_submodule(path)
-    hooked = refuse_nested in module._forward_pre_hooks.values()
-    return hooked and _is_expanded(module) and "forward" not in module.__dict__
+    whole = _is_expanded(module) and "forward" not in module.__dict__
+    return whole and hooked(module, refuse_nested)
 
 
 def tidy(model: nn.Module) -> None:
@@ -218,9 +208,7 @@ def tidy(model: nn.Module) -> None:
         if any(SLOT in m._modules for m in (module, module.get_submodule("out_proj"))):
             continue
         module.__class__ = getattr(type(module), BASE)
-        for key in [k for k, f in module._forward_pre_hooks.items() if f is refuse_nested]:
-            del module._forward_pre_hooks[key]
-            module._forward_pre_hooks_with_kwargs.pop(key, None)
+        unhook(module, refuse_nested)
     for _, encoder in _encoders(model):
         if SLOT not in {m for p, _ in encoder.named_modules() for m in p.split(".")}:
             encoder.use_nested_tensor |= encoder.__dict__.pop(_NESTS, False)

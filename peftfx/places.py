@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from peftfx.errors import NotAdaptedError
+from peftfx.hooks import hooked, unhook
 from peftfx.sequence import fresh
 
 _PLACES = "_peftfx_places"
@@ -89,10 +90,7 @@ def watch(model: nn.Module, entry: Any, path: str) -> None:
 def watched(model: nn.Module, entry: Any, path: str) -> bool:
     """Whether what :func:`watch` did is still in place."""
     host = _host(model, path)
-    return host is None or (
-        host.__dict__.get(_PLACES) is entry.places
-        and any(f is _count for f in host._forward_pre_hooks.values())
-    )
+    return host is None or (host.__dict__.get(_PLACES) is entry.places and hooked(host, _count))
 
 
 def tidy(model: nn.Module) -> None:
@@ -106,11 +104,7 @@ def tidy(model: nn.Module) -> None:
         if places.entries:
             continue
         del host.__dict__[_PLACES]
-        for hooks, function in ((host._forward_pre_hooks, _count), (host._forward_hooks, _forget)):
-            for key in [k for k, f in hooks.items() if f is function]:
-                del hooks[key]  # type: ignore[arg-type]
-                for known in ("pre_hooks_with_kwargs", "hooks_with_kwargs", "hooks_always_called"):
-                    getattr(host, f"_forward_{known}").pop(key, None)
+        unhook(host, _count, _forget)
 
 
 def _host(model: nn.Module, path: str) -> nn.Module | None:

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peftfx.errors import BindError, NotAdaptedError
+from peftfx.standing import stand_in
 
 Part = Literal["whole", "encoder", "decoder"]
 _FEED = "_peftfx_feed"
@@ -149,19 +150,7 @@ def _lengthening(cls: Any) -> type[nn.Module]:
     # Dynamo keeps what it compiled with the code object: one for each class, as without us
     code: Any = forward
     code.__code__ = code.__code__.replace()
-    members = {
-        "forward": forward,
-        "__reduce_ex__": lambda self, protocol: (_new, (cls,), self.__dict__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        _PLAIN: cls,
-    }
-    return type(cls.__name__, (cls,), members)
-
-
-def _new(cls: Any) -> nn.Module:
-    adapted = _lengthening(cls)
-    return adapted.__new__(adapted)
+    return stand_in(cls, _lengthening, forward=forward, **{_PLAIN: cls})
 
 
 # -- what is lengthened, and how -------------------------------------------------------------------

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from peftfx.hooks import hooked, unhook
 from peftfx.mark import Entry, Slot, after, before, fire
 from peftfx.methods.method import Acts, Method
 from peftfx.site import BASE, SLOT, Site
+from peftfx.standing import stand_in
 
 
 class _Kept(threading.local):
@@ -71,23 +72,11 @@ def _reading(cls: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
     For weights that are used without their module being called; parameters stay where they are.
     """
-    members = {
-        **{name: _read_as(name) for name in names},
-        "__reduce_ex__": lambda self, protocol: (_new, (cls, names), self.__dict__),
-        "__module__": cls.__module__,
-        "__qualname__": cls.__qualname__,
-        BASE: cls,
-        _READ: names,
-    }
-    return type(cls.__name__, (cls,), members)
+    read = {name: _read_as(name) for name in names}
+    return stand_in(cls, _reading, names, **read, **{BASE: cls, _READ: names})
 
 
 _READ = "_peftfx_read"  # the parameters that the class reads so
-
-
-def _new(cls: Any, names: tuple[str, ...]) -> nn.Module:
-    adapted = _reading(cls, names)
-    return adapted.__new__(adapted)
 
 
 def entry_name(site: Site, method: Method) -> str:
@@ -150,26 +139,10 @@ def clear(module: nn.Module) -> None:
     """Takes the slot and its hooks off *module*."""
     module._modules.pop(SLOT, None)
     unread(module)
-    for hooks, extra, hook in _tables(module):
-        for handle in [h for h, f in hooks.items() if f is hook]:
-            del hooks[handle]
-            extra.pop(handle, None)
-            module._forward_hooks_always_called.pop(handle, None)
+    unhook(module, before, after, enter, leave)
 
 
 def unread(module: nn.Module) -> None:
     """Gives *module* its own class back."""
     if hasattr(type(module), _READ):
         module.__class__ = getattr(type(module), BASE)
-
-
-def hooked(module: nn.Module, hook: Any) -> bool:
-    """Whether *hook* is among the module's hooks."""
-    return any(f is hook for hooks, _, h in _tables(module) if h is hook for f in hooks.values())
-
-
-def _tables(module: nn.Module) -> Iterator[tuple[dict[int, Any], dict[int, Any], Any]]:
-    yield module._forward_hooks, module._forward_hooks_with_kwargs, after
-    yield module._forward_hooks, module._forward_hooks_with_kwargs, leave
-    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, before
-    yield module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs, enter
