@@ -61,7 +61,7 @@ def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | 
         return "the forward that lengthened the sequence is gone"
     if entry.acts == "attention" and not attention.scoped(model, p.site.around):
         return "a hook on the attention or its positions is gone"
-    if entry.positional and not places.watched(model, entry, p.site.module):
+    if entry.positional and not places.watched(model, entry.places):
         return "the hook that counted the tokens is gone"
     if bool(entry.key) != on:
         return "the adapter was switched behind peftfx's back"

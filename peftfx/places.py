@@ -28,11 +28,13 @@ class Places:
     """The ranks of tokens in the call at hand.
 
     ``ranks`` ``[2, B, S]``: of each token among those of its row that are not padding, from the
-    front and from the back, both from 0; -1 for padding. ``names`` are the parameters of the
-    module that is given the mask. Where the mask is not for ids (as in models of images and
-    sound), the ranks are those of a sequence without padding.
+    front and from the back, both from 0; -1 for padding. ``host`` is the path of the module that is
+    given the mask, None where there is none, and ``names`` are that module's parameters. Where the
+    mask is not for ids (as in models of images and sound), the ranks are those of a sequence
+    without padding.
     """
 
+    host: str | None = None
     names: tuple[str, ...] = ()
     ranks: Tensor | None = None
     goes_on: bool = False  # the call continues a generation
@@ -73,24 +75,27 @@ class Places:
 
 def watch(model: nn.Module, entry: Any, path: str) -> None:
     """Lets *entry*, a mark in the module at *path*, know the ranks of tokens."""
-    host = _host(model, path)
-    if host is None:
+    at = _host(model, path)
+    if at is None:
         entry.places = Places()
         return
+    host = model.get_submodule(at)
     places = host.__dict__.get(_PLACES)
     if places is None:
         given = tuple(inspect.signature(host.forward).parameters)
-        places = host.__dict__[_PLACES] = Places(given)
+        places = host.__dict__[_PLACES] = Places(at, given)
         host.register_forward_pre_hook(_count, with_kwargs=True)
         host.register_forward_hook(_forget, with_kwargs=True, always_call=True)
     places.entries += [] if any(e is entry for e in places.entries) else [entry]
     entry.places = places
 
 
-def watched(model: nn.Module, entry: Any, path: str) -> bool:
-    """Whether what :func:`watch` did is still in place."""
-    host = _host(model, path)
-    return host is None or (host.__dict__.get(_PLACES) is entry.places and hooked(host, _count))
+def watched(model: nn.Module, places: Places) -> bool:
+    """Whether what :func:`watch` did for a mark with these *places* is still in place."""
+    if places.host is None:
+        return True
+    host = model.get_submodule(places.host)
+    return host.__dict__.get(_PLACES) is places and hooked(host, _count)
 
 
 def tidy(model: nn.Module) -> None:
@@ -107,16 +112,16 @@ def tidy(model: nn.Module) -> None:
         unhook(host, _count, _forget)
 
 
-def _host(model: nn.Module, path: str) -> nn.Module | None:
+def _host(model: nn.Module, path: str) -> str | None:
     """The nearest module around *path* that is given ids and their mask, or else any mask."""
-    parts, masked = path.split("."), None
-    for depth in range(len(parts) - 1, -1, -1):
-        module = model.get_submodule(".".join(parts[:depth]))
-        given = inspect.signature(module.forward).parameters
+    masked = None
+    while path:
+        path = path.rpartition(".")[0]
+        given = inspect.signature(model.get_submodule(path).forward).parameters
         if "attention_mask" in given:
             if any(name in given for name in _IDS):
-                return module
-            masked = module
+                return path
+            masked = path
     return masked
 
 
@@ -128,7 +133,6 @@ def _count(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
             remedy="run a copy of the model in each thread",
         )
     named = {**dict(zip(places.names, args, strict=False)), **kwargs}
-    tokens = next((named[name] for name in _IDS if named.get(name) is not None), None)
     if not places.of_ids:
         if named.get("attention_mask") is not None:
             raise NotAdaptedError(
@@ -136,6 +140,7 @@ def _count(host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> No
                 remedy="leave it out, or act at all positions",
             )
         return
+    tokens = next((named[name] for name in _IDS if named.get(name) is not None), None)
     if tokens is None:
         raise NotAdaptedError("the model runs without input_ids and inputs_embeds")
     cache = named.get("past_key_values")

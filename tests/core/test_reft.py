@@ -109,8 +109,6 @@ def test_generation(options: dict[str, int], cache: str) -> None:
     for _ in range(4):
         chosen = marked(LEFT, 2, 1) if options else mask.bool()
         chosen = torch.nn.functional.pad(chosen, (0, ids.shape[1] - chosen.shape[1]))
-        if not options:
-            chosen = mask.bool()
         logits = by_hand(base, model, chosen)(input_ids=ids, attention_mask=mask).logits[:, -1]
         logits[:, 2] = -torch.inf  # no end before its time
         ids = torch.cat([ids, logits.argmax(-1, keepdim=True)], 1)
