@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 TORCH ?= 2.13.0
 
-.PHONY: setup demo compare test test-slow test-sweep lint format bench test-versions clean
+# another Triton than the environment's, which has its own golden numbers
+TRITON ?= 3.6.0
+
+.PHONY: setup demo compare test test-slow test-sweep test-triton lint format bench test-versions clean
 
 setup: $(VENV)/.done
 
@@ -31,6 +34,10 @@ test-slow: setup
 
 test-sweep: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "sweep and not gpu" -p no:cacheprovider --durations=15
+
+test-triton: setup
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) "triton==$(TRITON)"
+	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q -m "not slow and not sweep and not gpu" -p no:cacheprovider tests/kernels/test_ahead.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,8 @@ class Launch:
     @property
     def name(self) -> str:
         """Kernel, tile, what is fixed at compile time: equal for launches of the same code."""
-        given = {p.name: self.arguments[p.name] for p in self.kernel.params if p.is_constexpr}
+        kinds = inspect.signature(self.kernel.fn).parameters.values()
+        given = {p.name: self.arguments[p.name] for p in kinds if p.annotation == "tl.constexpr"}
         tile = "x".join(str(v) for k, v in given.items() if k.startswith("BLOCK"))
         flags = [k.lower() for k, v in given.items() if v is True]
         sites = [f"sites={given['COUNT']}"] if given.get("COUNT", 1) > 1 else []

@@ -1,22 +1,31 @@
 """What the kernels take on each target, by Triton version: ``resources.json``, made by compiling.
 
-``python -m peftfx.kernels.ahead --accept`` writes the installed version's part anew.
+``python -m peftfx.kernels.ahead --accept`` writes the installed version's part anew. Each part says
+which sources it was made from, so that none is kept that is not of these.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peftfx.kernels.measured import triton_version
 
 FILE = Path(__file__).parent / "resources.json"
+KERNELS = (
+    "low_rank_linear/triton.py", "low_rank_linear/factors/triton.py",
+    "low_rank_linear/descriptors/triton.py", "philox/triton.py",
+)  # fmt: skip
 VARIANTS = (  # target:dtype, with /tf32 where fp32 products may be made so
     "sm_80:bfloat16", "sm_80:float32", "sm_80:float32/tf32",
     "sm_90:bfloat16", "sm_90:float16", "sm_90:float32", "sm_90:float32/tf32",
@@ -31,11 +40,36 @@ def minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What one Triton made, and :func:`sources` of what it was made from."""
+
+    sources: str
+    table: Table
+
+
 @functools.cache
-def recorded() -> Mapping[str, Table]:
-    """The content of the file: Triton version → variant → launch → resources."""
-    content: Mapping[str, Table] = json.loads(FILE.read_text()) if FILE.exists() else {}
-    return content
+def recorded() -> Mapping[str, Recorded]:
+    """The content of the file, by Triton version, the oldest first."""
+    content = json.loads(FILE.read_text()) if FILE.exists() else {}
+    return {v: Recorded(content[v].pop("sources"), content[v]) for v in sorted(content, key=_order)}
+
+
+def _order(version: str) -> list[int]:
+    return [int(part) for part in version.split(".")]
+
+
+def sources() -> str:
+    """Identifies the kernels' code and the calls that they are compiled for, comments left out."""
+    from peftfx.kernels.ahead.launches import CALLS
+
+    found = hashlib.sha256(repr(CALLS).encode())
+    for name in KERNELS:
+        text = (FILE.parents[1] / name).read_text()
+        for token in tokenize.generate_tokens(io.StringIO(text).readline):
+            if token.type not in (tokenize.COMMENT, tokenize.NL):
+                found.update(token.string.encode() + b"\0")
+    return found.hexdigest()[:16]
 
 
 def compiled(variants: Iterable[str]) -> Table:
@@ -52,11 +86,11 @@ def compiled(variants: Iterable[str]) -> Table:
 
 def accept(found: Table) -> None:
     """Puts *found* into the file, as what the installed Triton makes."""
-    content = {**recorded(), minor(triton_version()): found}
+    content = {**recorded(), minor(triton_version()): Recorded(sources(), found)}
     lines = ["{"]
-    for version, table in sorted(content.items()):
-        lines.append(f' "{version}": {{')
-        for variant, launches in table.items():
+    for version in sorted(content, key=_order):
+        lines += [f' "{version}": {{', f'  "sources": "{content[version].sources}",']
+        for variant, launches in content[version].table.items():
             lines.append(f'  "{variant}": {{')
             rows = [f"   {json.dumps(k)}: {json.dumps(v)}" for k, v in launches.items()]
             lines += [row + "," for row in rows[:-1]] + [rows[-1], "  },"]

@@ -50,14 +50,14 @@ def report() -> dict[str, Any]:
         for target in TARGETS
     }
     installed = minor(measured.triton_version())
-    version = installed if installed in recorded() else max(recorded())
+    version = installed if installed in recorded() else list(recorded())[-1]
     device = computes(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     table = measured.table(device.name) if device is not None else measured.Table()
     return {
         "ops": ops,
         "targets": tiles,
         "triton": {"installed": measured.triton_version(), "compiled with": version},
-        "resources": recorded()[version],
+        "resources": recorded()[version].table,
         "device": {
             "name": device.name if device is not None else "none that is known",
             "figures": table.figures,
