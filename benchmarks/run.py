@@ -3,15 +3,20 @@
 Runs the parts of the benchmark, each in a process of its own and for eight minutes at most, and
 writes ``benchmarks/results/<device>/<part>.json`` after every case. Called again it goes on where
 it stopped. What is wrong gets no time: each case compares its variants before it times them. In the
-end it writes ``benchmarks/README.md`` anew.
+end it writes ``benchmarks/README.md`` anew. On a GPU the first part is the tests that are for one,
+and ``--tune`` comes behind it.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
+import os
+import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +38,8 @@ def measure(
     """Runs the cases of a part that are not done yet, as long as there is time.
 
     Returns:
-        What went wrong: cases without a row, for what they need is not here or a variant is wrong.
+        What went wrong: cases without a row, for what they need is not here, or a variant is wrong
+        or fails. The others are measured all the same, but where the device itself is in trouble.
     """
     deadline, one = time.monotonic() + 60 * minutes, part(name)
     results, wrong = Results(root, one, environment(setting), again), []
@@ -49,10 +55,17 @@ def measure(
             wrong.append(f"{name}, {case}: {error}")
             print(wrong[-1], flush=True)
             continue
+        except torch.AcceleratorError:
+            raise
+        except Exception as error:
+            wrong.append(f"{name}, {case}: {type(error).__name__}")
+            traceback.print_exc()
+            continue
         results.add(rows)
         for row in rows:
             print(f"{name}: {line(row)}", flush=True)
         if setting.gpu:
+            gc.collect()
             torch.cuda.empty_cache()
     return wrong
 
@@ -84,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--commit", default="", help="of these sources, where git is not")
     parser.add_argument(
         "--tune", type=float, default=0.0, metavar="MINUTES",
-        help="first find tiles and fastest forms, unless kernels/measured has them for this device",
+        help="find the fastest forms, and tiles, unless kernels/measured has them for this device",
     )  # fmt: skip
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # a part's process
     given = parser.parse_args(arguments)
@@ -101,10 +114,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("numbers of tiny sizes mean nothing: --results DIRECTORY")
     deadline, failed = time.monotonic() + 60 * given.minutes, []
     table = measured.shipped_file(environment(setting)["device"])
-    if given.tune and (given.again or not table.exists()):
-        tune = [sys.executable, "-m", "peftfx.cli", "tune", "--output", str(table)]
-        subprocess.run([*tune, "--minutes", str(given.tune)], check=True)
+    tune = given.tune > 0 and (given.again or not table.exists())
     for name in given.part or [p for p in PARTS if kind in part(p).devices]:
+        if tune and name != "tests":
+            tune = False
+            command = [sys.executable, "-m", "peftfx.cli", "tune", "--output", str(table),
+                       "--minutes", str(given.tune)]  # fmt: skip
+            failed += ["tune"] * (not _run("tune", command, 2 * given.tune))
         left = min(LIMIT, (deadline - time.monotonic()) / 60)
         if left < 0.5:
             print(f"time is up before {name}; call again to go on")
@@ -112,19 +128,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = [
             sys.executable, "-m", "benchmarks.run", "--inside", "--part", name, "--device", kind,
             "--size", given.size, "--rounds", str(given.rounds), "--minutes", str(0.75 * left),
-            "--results", str(given.results), "--commit", given.commit,
+            "--results", str(given.results), "--commit", given.commit, *["--again"] * given.again,
         ]  # fmt: skip
-        try:
-            done = subprocess.run([*command, *["--again"] * given.again], timeout=60 * left)
-            failed += [name] * bool(done.returncode)
-        except subprocess.TimeoutExpired:
-            print(f"{name} was ended in the middle of a case; call again to go on")
+        failed += [name] * (not _run(name, command, left))
     if given.results == RESULTS:
         report.write(RESULTS)
     else:
         print("\n".join(report.tables(load(given.results))))
     print(f"not complete: {', '.join(failed) or 'none'}")
     return 1 if failed else 0
+
+
+def _run(name: str, command: Sequence[str], minutes: float) -> bool:
+    """Whether *command* ends well, or in time; what it started ends with it."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(60 * minutes) == 0
+    except subprocess.TimeoutExpired:
+        print(f"{name} was ended in the middle of a case; call again to go on", flush=True)
+        return True
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 if __name__ == "__main__":

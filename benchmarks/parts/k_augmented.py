@@ -60,7 +60,7 @@ class Block:
         (n, k), self.rank = operands.weights[0].shape, self.a.shape[0]
         self.n, self.k, self.scale, unit = n, k, operands.scales[0], align // x.itemsize or 1
         width_k, width_n = (-(-(size + self.rank) // unit) * unit for size in (k, n))
-        self.block = x.new_zeros(n + width_n - n, width_k)
+        self.block = x.new_zeros(width_n, width_k)
         self.block[:n, :k] = operands.weights[0]
         self.x, self.dy = x.new_zeros(x.shape[0], width_k), x.new_zeros(x.shape[0], width_n)
         self.given = x, operands.dys[0]

@@ -100,25 +100,28 @@ def tune(
 
     Args:
         trials: at most so many tiles of each kernel.
-        deadline: by ``time.monotonic()``; what is not done by then is left out.
+        deadline: by ``time.monotonic()``. Kernels share what is left; what is not done is left out.
         known: where tiles start from.
 
     Raises:
         GraphError: the tiles to start from give something else than fp64 does.
     """
-    expected = exact(operands)
+    expected, todo = exact(operands), []
     for descriptors in (True, False):
         run = Alone(device, configs=known, descriptors=descriptors)
         wrong = verify(results(operands, run), expected)
         if wrong is not None:
             raise GraphError(f"the kernels are wrong before anything was tuned: {wrong}")
-        for kernel, shape in sorted(run.used, key=lambda used: used[0]):
-            descriptor = kernel.endswith("descriptor")
-            if kernel not in AXES or (descriptors and not descriptor):
-                continue
-            if time.monotonic() > deadline:
-                return
-            yield _best(run, kernel, shape, operands, expected, clock, trials, rounds, deadline)
+        for kernel, shape in run.used:
+            if kernel in AXES and (kernel.endswith("descriptor") or not descriptors):
+                todo.append((run, kernel, shape))
+    todo.sort(key=lambda use: list(AXES).index(use[1]))  # what takes the most time comes first
+    for number, (run, kernel, shape) in enumerate(todo):
+        now = time.monotonic()
+        if now > deadline:
+            return
+        share = now + (deadline - now) / (len(todo) - number)
+        yield _best(run, kernel, shape, operands, expected, clock, trials, rounds, share)
 
 
 def _best(
@@ -169,8 +172,10 @@ def _refused(
     trial = replace(run, configs=_with(run.configs, use[0], tile), asked=[], used=set())
     try:
         got = results(operands, trial)
-    except TritonError as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except torch.AcceleratorError:  # the device itself is in trouble
+        raise
+    except (TritonError, RuntimeError) as error:  # MLIR's passes fail by RuntimeError
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     return verify(got, expected) if use in trial.used else "with it the kernel is not used"
 
 

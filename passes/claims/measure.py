@@ -40,34 +40,54 @@ def measure(
     trials: int = 40,
     rounds: int = 15,
 ) -> Iterator[tuple[str, Table]]:
-    """Measures *device*, then tiles and forms for each of *sizes*, as long as there is time.
+    """Measures *device*, each of *sizes* in every form, then tiles, as long as there is time.
+
+    Every call has its times before the first tile is tried, and calls share the time that is left.
 
     Yields:
         What was found, for people, and as an entry for :mod:`peftfx.kernels.measured`.
 
     Raises:
-        GraphError: kernels or forms give something else than fp64 does.
+        GraphError: kernels or forms give something else than fp64 does; all else was measured.
     """
     deadline = time.monotonic() + 60 * minutes
     kernels, ratios = describe(device), []
     figures = rates(device, rounds)
     yield ", ".join(f"{name} {value:.4g}" for name, value in figures.items()), Table(figures)
+    wrong: list[str] = []
     for one in sizes:
-        if time.monotonic() > deadline:
-            return
-        operands, tiles = Operands.of(one, dtype, drawn(device)), dict[str, Config]()
-        if kernels is not None:
-            for found in tune(kernels, operands, clock(device), trials, rounds, deadline):
-                tiles[found.key] = found.best
-                if found.kernel == "fwd" and len(one.outs) == 1 and one.rows > FEW:
-                    ratios.append(_library(operands, device, rounds) / found.seconds)
-                yield str(found), Table(tiles={found.key: asdict(found.best)})
         if not one.drops and time.monotonic() < deadline:
-            yield from _calls(operands, device, _tiles(tiles), rounds)
+            operands = Operands.of(one, dtype, drawn(device))
+            yield from _sound(wrong, one, _calls(operands, device, config, rounds))
+    for number, one in enumerate(sizes if kernels is not None else ()):
+        now = time.monotonic()
+        if now > deadline:
+            break
+        share = now + (deadline - now) / (len(sizes) - number)
+        operands, tiles = Operands.of(one, dtype, drawn(device)), dict[str, Config]()
+        assert kernels is not None
+        tuned = tune(kernels, operands, clock(device), trials, rounds, share)
+        for found in _sound(wrong, one, tuned):
+            tiles[found.key] = found.best
+            if found.kernel == "fwd" and len(one.outs) == 1 and one.rows > FEW:
+                ratios.append(_library(operands, device, rounds) / found.seconds)
+            yield str(found), Table(tiles={found.key: asdict(found.best)})
+        if tiles and not one.drops:
+            yield from _sound(wrong, one, _calls(operands, device, _tiles(tiles), rounds))
     if ratios:
         name = "triton" if dtype.itemsize == 2 else "triton_fp32"
         ratio = statistics.median(ratios)
         yield f"{name} {ratio:.3f} of the library's rate", Table({name: ratio})
+    if wrong:
+        raise GraphError("; ".join(wrong))
+
+
+def _sound(wrong: list[str], one: Sizes, found: Iterator[Any]) -> Iterator[Any]:
+    """What is *found*, up to the first thing that is wrong, which is kept for the end."""
+    try:
+        yield from found
+    except GraphError as error:
+        wrong.append(f"{one}: {error}")
 
 
 def _tiles(found: dict[str, Config]) -> Configs:

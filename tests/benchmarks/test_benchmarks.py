@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import report, run, store, variants
-from benchmarks.parts import first_step, linear
+from benchmarks.parts import first_step, linear, tests
 from benchmarks.peers import Ordered
 from benchmarks.registry import PARTS, Row, Setting, part
 from benchmarks.store import RESULTS, Results, load, read
@@ -46,6 +49,47 @@ def test_a_part(name: str, device: str, tmp_path: Path, monkeypatch: pytest.Monk
             assert row.errors["peftfx"] >= 0
     text = "\n".join(report.section(part(name), head, rows))
     assert all(f"| {row.case}, {row.unit} | {row.way} | " in text for row in rows)
+
+
+def test_the_part_of_tests_has_all_that_are_for_a_gpu() -> None:
+    """Those of the benchmark itself are left out: its parts are what runs next."""
+    found = {
+        path.stem
+        for path in (tests.ROOT / "tests").rglob("test_*.py")
+        if re.search(r"mark\.gpu|import.*\bDEVICES", path.read_text())
+    }
+    assert found - {"test_benchmarks"} == set(tests.FILES)
+
+
+def test_failing_tests_are_a_mismatch() -> None:
+    with pytest.raises(Mismatch, match="test_none"):
+        tests._file(TINY, "test_none")
+
+
+def test_a_failing_case_does_not_stop_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def bad() -> list[Row]:
+        raise ZeroDivisionError("oh")
+
+    given = {"bad": bad, "good": lambda: [Row("good", {"frozen": 1.0})]}
+    monkeypatch.setattr(linear, "cases", lambda setting: given)
+    part.cache_clear()
+    try:
+        assert run.measure("linear", TINY, tmp_path) == ["linear, bad: ZeroDivisionError"]
+        assert "Traceback" in capsys.readouterr().err
+        assert len(list(tmp_path.glob("*/linear.json"))) == 1
+    finally:
+        part.cache_clear()
+
+
+def test_what_a_part_started_ends_with_it(tmp_path: Path) -> None:
+    child = f"import time; time.sleep(4); open({str(tmp_path / 'late')!r}, 'w')"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert run._run("slow", [sys.executable, "-c", code], minutes=2 / 60)
+    assert not run._run("wrong", [sys.executable, "-c", "raise SystemExit(3)"], minutes=1)
+    time.sleep(2.5)
+    assert not list(tmp_path.iterdir())
 
 
 def test_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +184,7 @@ def test_the_readme_is_the_results() -> None:
 
 
 def test_what_is_not_measured_is_said() -> None:
-    assert "On a GPU: `figures`, `products`" in "\n".join(report.missing({}))
+    assert "On a GPU: `tests`, `figures`, `products`" in "\n".join(report.missing({}))
     head = {"device": "NVIDIA H200"}
     seen = {"h200": {n: (head, []) for n in PARTS}}
     assert "On a GPU" not in "\n".join(report.missing(seen))
