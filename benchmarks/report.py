@@ -125,17 +125,20 @@ def roofline(rates: dict[str, float], linear: tuple[Any, Iterable[Row]], path: P
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    memory, peak = rates["gigabytes"] / 1e3, rates["tflops"]
+    every = list(linear[1])
+    half = any("bfloat16" in row.case for row in every)  # else it was not worth measuring there
+    dtype, peak = ("bfloat16", rates["tflops"]) if half else ("float32", rates["tflops_fp32"])
+    memory = rates["gigabytes"] / 1e3
     knee = peak / memory
     axes.plot([1, knee, 100 * knee], [memory, peak, peak], color="black", label="what there is")
     for name in ("peftfx", "peft", "unsloth's order"):
-        rows = [r for r in linear[1] if name in r.values and r.work and "bfloat16" in r.case]
+        rows = [r for r in every if name in r.values and r.work and dtype in r.case]
         axes.scatter(
             [r.work["flops"] / r.work["bytes"] for r in rows],
             [r.work["flops"] / r.values[name] / 1e9 for r in rows], s=14, label=name,
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="FLOP per byte that must be moved",
-             ylabel="TFLOP/s", title="linears with their updates, bfloat16")  # fmt: skip
+             ylabel="TFLOP/s", title=f"linears with their updates, {dtype}")  # fmt: skip
     axes.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120, metadata={"Software": None})

@@ -101,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # a part's process
     given = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts are ended too
     kind = given.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -141,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(name: str, command: Sequence[str], minutes: float) -> bool:
     """Whether *command* ends well, or in time; what it started ends with it."""
-    process = subprocess.Popen(command, start_new_session=True)
+    process = subprocess.Popen(command, process_group=0)
     try:
         return process.wait(60 * minutes) == 0
     except subprocess.TimeoutExpired:

@@ -1,5 +1,5 @@
 """One token of each of M sequences through a layer of Llama-8B, without a cache of keys and
-values, as a CUDA graph. A merged adapter costs what `frozen` does.
+values, on a GPU as a CUDA graph. A merged adapter costs what `frozen` does.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.compare import Stand, outputs
 from benchmarks.models import LLAMA_8B, TINY, Layer
-from benchmarks.registry import Measure, Row, Setting
+from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.variants import Adapter
 from benchmarks.verify import gate
 
@@ -24,13 +24,14 @@ def cases(setting: Setting) -> Mapping[str, Measure]:
     rows = (1, 4, 16, 64) if setting.gpu else (1, 16)
     if setting.tiny:
         rows = (4,)
-    return {f"M {m}": functools.partial(_token, setting, f"M {m}", m) for m in rows}
+    names = {m: f"M {m}, {short(setting.dtypes[0])}" for m in rows}
+    return {name: functools.partial(_token, setting, name, m) for m, name in names.items()}
 
 
 def _token(setting: Setting, case: str, rows: int) -> list[Row]:
     sizes, rank = (TINY, 3) if setting.tiny else (LLAMA_8B, 16)
     stand = Stand.of(
-        setting, torch.bfloat16, lambda: Layer(sizes, 1), (rows, 1, sizes.hidden), Adapter(rank),
+        setting, setting.dtypes[0], lambda: Layer(sizes, 1), (rows, 1, sizes.hidden), Adapter(rank),
         NAMES,
     )  # fmt: skip
     x = stand.x.detach()

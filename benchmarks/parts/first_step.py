@@ -16,15 +16,15 @@ import torch
 
 from benchmarks.parts.train_step import NAMES, adapted, batch, llama, stepper
 from benchmarks.peers import why_no_peft
-from benchmarks.registry import Measure, Row, Setting
+from benchmarks.registry import Measure, Row, Setting, short
 
 TARGET = "≤1.2 of frozen"
 DEVICES = ("cpu", "cuda")
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
-    dtypes = ("bfloat16",) if setting.gpu or setting.tiny else ("float32", "bfloat16")
-    return {name: functools.partial(_row, setting, name) for name in dtypes}
+    names = [short(dtype) for dtype in setting.dtypes[::-1][: 1 if setting.tiny else 2]]
+    return {name: functools.partial(_row, setting, name) for name in names}
 
 
 def _row(setting: Setting, dtype: str) -> list[Row]:

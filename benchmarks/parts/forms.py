@@ -34,7 +34,7 @@ def cases(setting: Setting) -> Mapping[str, Measure]:
     if setting.tiny:
         rows, ranks, shapes = (24,), (3,), ((40, (48,)), (40, (32, 16)))
     found: dict[str, Measure] = {}
-    for dtype in setting.half:
+    for dtype in setting.dtypes:
         for k, outs in shapes:
             for m in rows:
                 for rank in ranks:

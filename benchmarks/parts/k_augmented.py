@@ -39,7 +39,7 @@ def cases(setting: Setting) -> Mapping[str, Measure]:
     if setting.tiny:
         rows, rank, shapes = (24,), 3, ((40, 48),)
     found: dict[str, Measure] = {}
-    for dtype in setting.half:
+    for dtype in setting.dtypes:
         for k, n in shapes:
             for m in rows:
                 sizes = Sizes(m, k, (n,), rank)

@@ -8,11 +8,9 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 
-import torch
-
 from benchmarks.compare import Stand
 from benchmarks.models import Sites
-from benchmarks.registry import Measure, Row, Setting
+from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.variants import Adapter
 
 TARGET = "forward and backward ≥1.45× faster than plain torch (the paper: 1.27 on the mean)"
@@ -28,14 +26,15 @@ def cases(setting: Setting) -> Mapping[str, Measure]:
     found: dict[str, Measure] = {}
     for width in widths:
         for m in rows:
-            name = f"{width}→{width}, M {m}, r 16, dropout 0.1, bfloat16"
+            dtype = short(setting.dtypes[0])
+            name = f"{width}→{width}, M {m}, r 16, dropout 0.1, {dtype}"
             found[name] = functools.partial(_square, setting, name, width, m)
     return found
 
 
 def _square(setting: Setting, case: str, width: int, rows: int) -> list[Row]:
     stand = Stand.of(
-        setting, torch.bfloat16, lambda: Sites(width, width), (rows, width),
+        setting, setting.dtypes[0], lambda: Sites(width, width), (rows, width),
         Adapter(16, 1.0, dropout=0.1), NAMES,
     )  # fmt: skip
     return stand.rows(case)

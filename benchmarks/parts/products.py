@@ -35,7 +35,7 @@ def cases(setting: Setting) -> Mapping[str, Measure]:
         (768, (768, 768, 768)), (768, (2048, 2048)),
     )  # fmt: skip
     found: dict[str, Measure] = {}
-    for dtype in setting.half:
+    for dtype in setting.dtypes:
         name = short(dtype)
         for m in rows:
             for k, n in shapes:

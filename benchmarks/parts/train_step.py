@@ -33,8 +33,7 @@ Step = Callable[[], Tensor]
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
-    dtypes = (torch.bfloat16,) if setting.gpu else (torch.float32, torch.bfloat16)
-    names = [short(dtype) for dtype in dtypes[: 1 if setting.tiny else 2]]
+    names = [short(dtype) for dtype in setting.dtypes[::-1][: 1 if setting.tiny else 2]]
     return {name: functools.partial(_steps, setting, name) for name in names}
 
 

@@ -200,7 +200,7 @@ def test_results_are_whole() -> None:
 
 def test_the_picture(tmp_path: Path) -> None:
     row = Row("a, bfloat16", {"frozen": 1.0, "peftfx": 1.1}, work={"flops": 1e9, "bytes": 1e6})
-    rates = {"gigabytes": 4000.0, "tflops": 700.0}
+    rates = {"gigabytes": 4000.0, "tflops": 700.0, "tflops_fp32": 50.0}
     report.roofline(rates, ({}, [row]), tmp_path / "x" / "roofline.png")
     assert (tmp_path / "x" / "roofline.png").stat().st_size > 5000
 
@@ -214,6 +214,18 @@ def test_no_picture_without_matplotlib(
     report.write(tmp_path)
     assert capsys.readouterr().out == "no pictures: matplotlib is not installed\n"
     assert (tmp_path / "README.md").read_text().startswith(f"About.\n\n{report.ENDING}\n")
+
+
+def test_two_devices_of_a_kind(tmp_path: Path) -> None:
+    """Each has its own section; what one of them measured is not said to be missing."""
+    for name in ("One CPU, 2 threads", "Other CPU, 4 threads"):
+        head = {**store.environment(TINY), "device": name}
+        Results(tmp_path, part("marks"), head, again=False).add([Row("a mark", {"plain": 1.0})])
+    found = load(tmp_path)
+    text = report.text("", found)
+    assert text.index("## One CPU") < text.index("## Other CPU") and text.count("### marks") == 2
+    (line,) = [at for at in text.splitlines() if at.startswith("On a CPU")]
+    assert "marks" not in line and "`linear`" in line
 
 
 def test_tables_have_ratios(tmp_path: Path) -> None:
