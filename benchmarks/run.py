@@ -101,7 +101,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # a part's process
     given = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts are ended too
     kind = given.device
     if kind == "auto":
         kind = "cuda" if torch.cuda.is_available() else "cpu"
@@ -117,11 +116,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     table = measured.shipped_file(environment(setting)["device"])
     tune = given.tune > 0 and (given.again or not table.exists())
     for name in given.part or [p for p in PARTS if kind in part(p).devices]:
-        if tune and name != "tests":
-            tune = False
+        left = (deadline - time.monotonic()) / 60
+        if tune and name != "tests" and left > 1:
+            tune, minutes = False, min(given.tune, 0.75 * left)
             command = [sys.executable, "-m", "peftfx.cli", "tune", "--output", str(table),
-                       "--minutes", str(given.tune)]  # fmt: skip
-            failed += ["tune"] * (not _run("tune", command, 2 * given.tune))
+                       "--minutes", str(minutes)]  # fmt: skip
+            failed += ["tune"] * (not _run("tune", command, min(left, 2 * minutes)))
         left = min(LIMIT, (deadline - time.monotonic()) / 60)
         if left < 0.5:
             print(f"time is up before {name}; call again to go on")
@@ -155,4 +155,5 @@ def _run(name: str, command: Sequence[str], minutes: float) -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that parts are ended too
     sys.exit(main())

@@ -52,6 +52,12 @@ def test_no_size_is_baked_in(code: dict[str, Any], form: str) -> None:
     assert all(guard.endswith("<= 2147483647") for guard in code[form]["guards"])
 
 
+@pytest.mark.parametrize("form", ["triton", "opaque", "accumulate"])
+def test_cuda_graphs_can_hold_it(code: dict[str, Any], form: str) -> None:
+    """``mode="reduce-overhead"``: Inductor finds nothing in the graph that forbids a recording."""
+    assert code[form]["no_cuda_graph"] is None
+
+
 def test_opaque_ops_stay(code: dict[str, Any]) -> None:
     found = code["opaque"]
     assert not found["launches"] and len(found["ops"]) == 4
