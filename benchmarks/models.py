@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,7 +77,10 @@ class Layer(nn.Module):
     def __init__(self, sizes: Llama, length: int) -> None:
         super().__init__()
         kv = sizes.kv_heads * sizes.head
-        self.width, self.pieces = sizes.head, {"norm": norm, "rotate": rotate, "gated": gated}
+        self.width = sizes.head
+        self.pieces: dict[str, Callable[..., Any]] = {
+            "norm": norm, "rotate": rotate, "gated": gated,
+        }  # fmt: skip
         self.norms = nn.ParameterList(torch.ones(sizes.hidden) for _ in range(2))
         self.qkv, self.o = Sites(sizes.hidden, sizes.hidden, kv, kv), Sites(*2 * (sizes.hidden,))
         self.up = Sites(sizes.hidden, sizes.inner, sizes.inner)

@@ -106,7 +106,8 @@ def with_peft(
     import peft
 
     config = peft.LoraConfig(
-        r=rank, lora_alpha=scale * rank, lora_dropout=dropout, target_modules=targets
-    )
+        r=rank, lora_alpha=scale * rank,  # type: ignore[arg-type]  # a number, whatever it says
+        lora_dropout=dropout, target_modules=targets,
+    )  # fmt: skip
     made: nn.Module = peft.get_peft_model(model, config, autocast_adapter_dtype=wide)
     return made

@@ -7,7 +7,7 @@ import importlib
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,7 +68,7 @@ class Setting:
         return self.device.type == "cuda"
 
     @property
-    def lower(self) -> str:
+    def lower(self) -> Literal["aot_eager", "inductor"]:
         """The inner compiler; on a CPU a tiny run does not wait for Inductor's."""
         return "aot_eager" if self.tiny and not self.gpu else "inductor"
 
@@ -80,7 +80,7 @@ class Setting:
         """
         if self.gpu:
             return (torch.bfloat16,)
-        wide = "AVX512" in torch.backends.cpu.get_cpu_capability()
+        wide = self.tiny or "AVX512" in torch.backends.cpu.get_cpu_capability()
         return (torch.bfloat16, torch.float32) if wide else (torch.float32,)
 
     def compiled(self, model: nn.Module) -> nn.Module:

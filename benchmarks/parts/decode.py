@@ -21,7 +21,7 @@ NAMES = ("frozen", "peftfx", "peft, bf16 adapters", "peft + compile, bf16 adapte
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
-    rows = (1, 4, 16, 64) if setting.gpu else (1, 16)
+    rows: tuple[int, ...] = (1, 4, 16, 64) if setting.gpu else (1, 16)
     if setting.tiny:
         rows = (4,)
     names = {m: f"M {m}, {short(setting.dtypes[0])}" for m in rows}

@@ -32,6 +32,8 @@ DEVICES = ("cuda", "cpu")
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, int], ...]
     rows, rank = ((2048, 8192), 16) if setting.gpu else ((512, 2048), 16)
     shapes = ((4096, 4096), (4096, 1024), (4096, 14336), (14336, 4096)) if setting.gpu else (
         (768, 768), (768, 2048), (2048, 768),

@@ -23,6 +23,8 @@ DEVICES = ("cuda", "cpu")
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
+    rows: tuple[int, ...]
+    shapes: tuple[tuple[int, tuple[int, ...]], ...]
     rows, ranks = ((2048, 8192), (16, 64)) if setting.gpu else ((512,), (16,))
     shapes = LLAMA_8B if setting.gpu else ((768, (768, 768, 768)), (768, (2048,)), (2048, (768,)))
     if setting.tiny:

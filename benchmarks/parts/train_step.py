@@ -64,7 +64,8 @@ def llama(setting: Setting, dtype: torch.dtype) -> nn.Module:
         num_attention_heads=heads, num_key_value_heads=heads, use_cache=False,
         max_position_embeddings=256,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config).to(setting.device, dtype)
+    model: nn.Module = transformers.LlamaForCausalLM(config)
+    return model.to(setting.device, dtype)
 
 
 def batch(setting: Setting) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.compare import peaks
-from benchmarks.models import LLAMA_1B, LLAMA_8B, TINY, Llama, Whole, drawn
+from benchmarks.models import LLAMA_1B, LLAMA_8B, TINY, Layer, Llama, Whole, drawn
 from benchmarks.registry import Measure, Row, Setting
 from benchmarks.variants import ALL, Adapter, Variant, same_start, variant
 from benchmarks.verify import gate
@@ -93,7 +93,8 @@ def _step(one: Variant, ids: Tensor) -> Run:
 def _norm(model: nn.Module) -> nn.Parameter:
     """A trained norm in the first layer, no other variant's: there is a backward to its end."""
     assert isinstance(model, Whole)
-    norms = model.layers[0].norms
-    norms[0] = nn.Parameter(norms[0].detach().clone())
-    made: nn.Parameter = norms[0]
+    layer = model.layers[0]
+    assert isinstance(layer, Layer)
+    made = nn.Parameter(layer.norms[0].detach().clone())
+    layer.norms[0] = made
     return made
