@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from peftfx.kernels.devices import KNOWN
+from peftfx.kernels.fused import FORMS
 from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
-from peftfx.kernels.low_rank_linear.runner import Runner
+from peftfx.kernels.low_rank_linear.runner import MOST_R, Runner
 
 GROUP = (4096, 1024, 1024)
 CALLS = (
@@ -30,6 +31,8 @@ CALLS = (
     (Sizes(64), True),
     (Sizes(8, outs=GROUP), True),
 )
+
+FUSED = ((8192, 64), (2048, 128), (64, 16))  # rows and inner widths (or ranks) of a 4096 wide op
 
 
 @dataclass(frozen=True)
@@ -71,8 +74,9 @@ class _Recorder(Runner):
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    for sizes, descriptors in CALLS:
-        for launch in _record(sizes, descriptors, target, dtype).found:
+    recorders = [_record(sizes, descriptors, target, dtype) for sizes, descriptors in CALLS]
+    for recorder in (*recorders, *(_fused(*call, target, dtype) for call in FUSED)):
+        for launch in recorder.found:
             if launch.name not in seen:
                 seen.add(launch.name)
                 yield launch
@@ -83,9 +87,30 @@ def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
     return {pair for call in CALLS for pair in _record(*call, target, dtype).used}
 
 
-def _record(sizes: Sizes, descriptors: bool, target: str, dtype: torch.dtype) -> _Recorder:
+def _fused(rows: int, width: int, target: str, dtype: torch.dtype) -> _Recorder:
+    """The kernels of :mod:`peftfx.kernels.fused`."""
+    run = _recorder(target, True)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    if width <= MOST_R:
+        factors = make(width, 4096), make(4096, width)
+        FORMS["low_rank_norms"].launch(run, make(4096, 4096, dtype=dtype), *factors, make(1))
+    y = make(rows, 4096, dtype=dtype)
+    inner = (make(width, 4096), make(width), make(4096, width), make(4096), make(1), "gelu")
+    FORMS["bottleneck"].launch(run, y, None, *inner)
+    FORMS["bottleneck_backward"].launch(run, y, y, *inner, True, [True] * 3)
+    return run
+
+
+def _recorder(target: str, descriptors: bool) -> _Recorder:
     device = next(d for d in KNOWN.values() if d.target == target)
-    run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
+    return _Recorder(device, configs=shipped_config, descriptors=descriptors)
+
+
+def _record(sizes: Sizes, descriptors: bool, target: str, dtype: torch.dtype) -> _Recorder:
+    run = _recorder(target, descriptors)
 
     def make(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")

@@ -16,6 +16,7 @@ from peftfx import dynamo
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
 from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.passes.claims import fused
 from peftfx.passes.claims.kernels import Compiled, Triton
 from peftfx.passes.claims.library import Accumulate, Folded
 
@@ -45,14 +46,16 @@ class Definition:
     """The op's own definition: always right, never refused."""
 
     name: str = "definition"
-    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, *prefix.DEFINITIONS, "dropout")
+    ops: tuple[str, ...] = (
+        *low_rank.DEFINITIONS, *prefix.DEFINITIONS, *fused.DEFINITIONS, "dropout",
+    )  # fmt: skip
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None
 
     def emit(self, op: str, *args: Any) -> Any:
-        definitions = {**low_rank.DEFINITIONS, **prefix.DEFINITIONS, "dropout": philox.dropout}
-        return definitions[op](*args)
+        tables = (low_rank.DEFINITIONS, prefix.DEFINITIONS, fused.DEFINITIONS)
+        return next((t[op] for t in tables if op in t), philox.dropout)(*args)
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,6 @@ class InductorRandom:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Compiled(), Triton(), Triton("opaque"), Accumulate(), Folded(), Definition(),
+    Compiled(), Triton(), Triton("opaque"), fused.Fused(), Accumulate(), Folded(), Definition(),
 )  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

@@ -17,6 +17,7 @@ import torch
 from peftfx.errors import SpecError, nearest
 from peftfx.kernels import measured
 from peftfx.kernels.devices import KNOWN, Device, computes
+from peftfx.kernels.fused import FORMS as FUSED
 from peftfx.kernels.low_rank_linear.configs import Shape
 from peftfx.kernels.low_rank_linear.forms import FORMS as OPS
 from peftfx.kernels.low_rank_linear.forms import shape_of, tensors
@@ -39,11 +40,11 @@ class Figures:
     triton: float = 0.92  # rate of a Triton product over the library's, in 16 bits
     triton_fp32: float = 0.7
 
-    def rate(self, shape: Shape) -> float:
+    def rate(self, dtype: torch.dtype, tf32: bool) -> float:
         """Operations a second of the library's products."""
-        if shape.dtype.itemsize == 2:
+        if dtype.itemsize == 2:
             return self.tflops * 1e12
-        cut = shape.dtype == torch.float32 and shape.tf32
+        cut = dtype == torch.float32 and tf32
         return (self.tflops_tf32 if cut else self.tflops_fp32) * 1e12
 
 
@@ -183,9 +184,26 @@ class Part:
 
 
 def _price(call: Call, parts: Sequence[Part], rates: Figures, efficiency: float = 1.0) -> Price:
-    rate, memory = rates.rate(call.shape) * efficiency, rates.gigabytes * 1e9
+    return _sum(parts, rates, rates.rate(call.shape.dtype, call.shape.tf32) * efficiency)
+
+
+def _sum(parts: Sequence[Part], rates: Figures, rate: float) -> Price:
+    memory = rates.gigabytes * 1e9
     seconds = sum(max(p.flops / rate, p.bytes / memory) + rates.launch * 1e-6 for p in parts)
     return Price(sum(p.flops for p in parts), sum(p.bytes for p in parts), seconds, rates.source)
+
+
+def _fused(op: str, args: Sequence[Any], device: Device) -> dict[str, Price]:
+    """The price of each form of an op whose kernel is one launch, by what its folder says."""
+    rates = figures(device)
+    if rates is None:
+        return {}
+    dtype, found = args[0].dtype, {}
+    rate = rates.rate(dtype, torch.get_float32_matmul_precision() != "highest")
+    for form, parts in FUSED[op].work(op, args, device.processors).items():
+        efficiency = rates.triton if form == "triton" else 1.0
+        found[form] = _sum([Part(*part) for part in parts], rates, rate * efficiency)
+    return found
 
 
 def _triton(call: Call, device: Device) -> list[Part]:
@@ -285,8 +303,9 @@ def forced(op: str) -> str | None:
         name, equals, form = item.rpartition("=")
         if form not in FORMS:
             raise SpecError(f"PEFTFX_FORMS: {form!r} is no form", remedy=nearest(form, FORMS))
-        if equals and name not in OPS:
-            raise SpecError(f"PEFTFX_FORMS: {name!r} is no op", remedy=nearest(name, OPS))
+        ops = (*OPS, *FUSED)
+        if equals and name not in ops:
+            raise SpecError(f"PEFTFX_FORMS: {name!r} is no op", remedy=nearest(name, ops))
         if name in ("", op):
             chosen = form
     return chosen
@@ -303,10 +322,16 @@ class Verdict:
 
 def choose(op: str, args: Sequence[Any], forms: Sequence[str]) -> Verdict:
     """The form to take of those that can: ordered by hand, or the cheapest, or the first."""
-    if op not in OPS:
+    device = computes(tensors(args)[0].device)
+    known: dict[str, Price] = {}
+    least_work = ""
+    if op in OPS:
+        call = Call.of(op, args)
+        known, least_work = prices(call, device) if device is not None else {}, str(least(call))
+    elif op in FUSED:
+        known = _fused(op, args, device) if device is not None else {}
+    else:
         return Verdict(forms[0])
-    call, device = Call.of(op, args), computes(tensors(args)[0].device)
-    known = prices(call, device) if device is not None else {}
     known = {form: price for form, price in known.items() if form in forms}
     order = forced(op)
     best = min(known, key=lambda f: known[f].seconds or 0.0) if known else forms[0]
@@ -320,7 +345,7 @@ def choose(op: str, args: Sequence[Any], forms: Sequence[str]) -> Verdict:
         return f"{chosen} is predicted at {_ms(known[chosen])}, this at {_ms(known[form])}"
 
     refusals = tuple((form, why_not(form)) for form in forms if form != chosen)
-    return Verdict(chosen, refusals, str(known.get(chosen, least(call))))
+    return Verdict(chosen, refusals, str(known.get(chosen, least_work)))
 
 
 def _ms(price: Price) -> str:

@@ -16,9 +16,8 @@ feed-forward alone: Pfeiffer et al., 2021 (arXiv 2005.00247); beside it, scaled:
 
 from __future__ import annotations
 
-import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -27,23 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import MergeError, PlanError, SpecError
+from peftfx.kernels.bottleneck.op import bottleneck
 from peftfx.methods.additive import LINEAR, kaiming
 from peftfx.methods.method import Call, Method, Param, Tensors, option
 from peftfx.site import OUTPUT, Site
-
-ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "leaky_relu": F.leaky_relu,
-    "elu": F.elu,
-    "mish": F.mish,
-    "softplus": F.softplus,
-    "identity": lambda h: h,
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,19 +149,23 @@ class Bottleneck(Method):
     def apply(self, y: Tensor | None, x: Tensor, p: Tensors, call: Call) -> Tensor:
         assert y is not None
         h = x.to(y.dtype) if self.parallel else y
-        p = {n: t.to(y.dtype) for n, t in p.items()}
         down, up = self.weights(p)
-        scale = p["scale"]
+        scale = p["scale"] * p["on"] if self.drop and call.training else p["scale"]
         if self.gate:
-            opened = torch.sigmoid(F.linear(h, p["gate"], p["gate_bias"]))  # [..., 1]
+            gate, shift = p["gate"].to(y.dtype), p["gate_bias"].to(y.dtype)
+            opened = torch.sigmoid(F.linear(h, gate, shift))  # [..., 1]
             scale = scale * (opened.mean(-2, keepdim=True) if self.gate == "sequence" else opened)
         if self.norm:
-            h = F.layer_norm(h, [self.widths(call.weight)[0]], p["norm"], p["norm_bias"])
+            norm, shift = p["norm"].to(y.dtype), p["norm_bias"].to(y.dtype)
+            h = F.layer_norm(h, [self.widths(call.weight)[0]], norm, shift)
         if call.seed is not None:
             h = torch.ops.peftfx.dropout(h, call.seed, self.dropout, call.site)
-        inner = ACTIVATIONS[self.activation](F.linear(h, down, p["down_bias"]))
-        update = scale * F.linear(inner, up, p["up_bias"])
-        return y + (update * p["on"] if self.drop and call.training else update)
+        inner = (down, p["down_bias"], up, p["up_bias"], scale, self.activation)
+        if self.gate:
+            return bottleneck(y, h, *inner)
+        return torch.ops.peftfx.bottleneck(  # type: ignore[no-any-return]
+            y, None if h is y else h, *inner
+        )
 
     def merge(self, w: Tensor, p: Tensors, site: Site) -> Tensor:
         raise MergeError(

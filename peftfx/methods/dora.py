@@ -2,8 +2,9 @@
 
     W' = m ⊙ (W + s·B·A) / ‖W + s·B·A‖    row by row (by output feature), the norm without gradient
 
-Liu et al., 2024 (arXiv 2402.09353, section 4.3 for the norm). The norms are found from
-``‖w‖² + 2s·b·(A·w) + s²·b·(A·Aᵀ)·b`` in fp32, so that W + s·B·A is never formed.
+Liu et al., 2024 (arXiv 2402.09353, section 4.3 for the norm). The norms are one op, which never
+forms W + s·B·A (``peftfx::low_rank_norms``). The product is LoRA's, so that it is fused and grouped
+as LoRA's is; what is behind it is a factor for each output.
 
 With dropout PEFT also drops the inputs of the frozen part, ``(m/‖·‖ - 1)·W·drop(x)``; here, as in
 LoRA, only those of the update.
@@ -18,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+import peftfx.kernels.low_rank_norms.op  # noqa: F401 - defines the op used below
 from peftfx.methods.additive import CONV, LINEAR, channels, wide
 from peftfx.methods.lora import LORA, LoRA
 from peftfx.methods.method import Acts, Call, Method, Param, Tensors
@@ -61,13 +63,10 @@ class DoRA(LoRA):
 
     def _norm(self, p: Tensors, site: Site) -> Tensor:
         """Lengths of the rows of W + s·B·A, [N], fp32 at least."""
-        w, dtype = p["base.weight"].detach(), wide(p["A"])
+        w = p["base.weight"].detach()
         w = w.t() if site.kind in ("hf_conv1d", "embedding") else w.flatten(1)  # [N, K]
         a, b = (t.detach().flatten(1) for t in self.factors(p, site))
-        across = (w @ a.t().to(w.dtype)).to(dtype)  # [N, R]
-        a, b = a.to(dtype), b.to(dtype) * p["scale"].to(dtype)
-        square = torch.linalg.vector_norm(w, dim=1, dtype=dtype).square()
-        return (square + (b * (2 * across + b @ (a @ a.t()))).sum(1)).clamp_min(0).sqrt()
+        return torch.ops.peftfx.low_rank_norms(w, a, b, p["scale"])  # type: ignore[no-any-return]
 
     def _gain(self, p: Tensors, site: Site) -> Tensor:
         norm = self._norm(p, site).clamp_min(torch.finfo(wide(p["A"])).tiny)

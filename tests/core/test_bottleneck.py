@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.backends import Backend
 from peftfx.errors import MergeError, PlanError, RoleError, SpecError
-from peftfx.methods.bottleneck import ACTIVATIONS
+from peftfx.kernels.bottleneck.op import ACTIVATIONS
 from peftfx.plans import make_plan
 from peftfx.spec import Spec
 from tests.architectures import by_name
