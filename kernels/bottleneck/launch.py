@@ -49,7 +49,7 @@ def _common(run: Runner, y: Tensor, parameters: Sequence[Tensor]) -> dict[str, A
         "down": down, "down_bias": down_bias, "up": up, "scale": parameters[4], "M": y.shape[0],
         "N": up.shape[0], "K": down.shape[1], "C": C, "BLOCK_M": block_m, "BLOCK_N": step,
         "BLOCK_K": step, "BLOCK_C": block_r([C], MOST_C), "num_stages": 3 if half else 2,
-        "PRECISION": precision(y.dtype, run.device), "num_warps": 8 if block_m > 32 else 4,
+        "PRECISION": precision(y.dtype, run.device), "num_warps": 8 if block_m > 32 or not half else 4,
     }  # fmt: skip
 
 
