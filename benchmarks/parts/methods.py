@@ -42,7 +42,7 @@ RULES: dict[str, dict[str, Any]] = {
 def cases(setting: Setting) -> Mapping[str, Measure]:
     found: dict[str, Measure] = {}
     for method in RULES:
-        for dtype in setting.half:
+        for dtype in setting.half[: 1 if setting.tiny else 2]:
             name = f"{method}, {short(dtype)}"
             found[name] = functools.partial(_rows, setting, name, method, dtype)
     return found
@@ -106,6 +106,8 @@ def _variants(
             missing[name] = made
             continue
         models[name] = made
+        if setting.tiny:
+            continue
         models[f"{name} + compile"] = setting.compiled(
             copy.deepcopy(made, {id(p): p for p in made.parameters()})
         )

@@ -18,7 +18,7 @@ from benchmarks.verify import Mismatch
 TARGET = ""
 DEVICES = ("cuda",)
 ROOT = Path(__file__).parents[2]
-FILES = ("test_low_rank_kernels", "test_in_use", "test_checked")  # of tests/kernels
+FILES = ("test_low_rank_kernels", "test_fused", "test_in_use", "test_checked")  # of tests/kernels
 WORKERS = 4  # most of the time goes into compiling
 
 

@@ -14,7 +14,7 @@ from peftfx.kernels.devices import KNOWN
 from peftfx.kernels.fused import FORMS
 from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
-from peftfx.kernels.low_rank_linear.runner import MOST_R, Runner
+from peftfx.kernels.low_rank_linear.runner import Runner
 
 GROUP = (4096, 1024, 1024)
 CALLS = (
@@ -94,13 +94,16 @@ def _fused(rows: int, width: int, target: str, dtype: torch.dtype) -> _Recorder:
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    if width <= MOST_R:
-        factors = make(width, 4096), make(4096, width)
-        FORMS["low_rank_norms"].launch(run, make(4096, 4096, dtype=dtype), *factors, make(1))
-    y = make(rows, 4096, dtype=dtype)
-    inner = (make(width, 4096), make(width), make(4096, width), make(4096), make(1), "gelu")
-    FORMS["bottleneck"].launch(run, y, None, *inner)
-    FORMS["bottleneck_backward"].launch(run, y, y, *inner, True, [True] * 3)
+    y, weight, one = make(rows, 4096, dtype=dtype), make(4096, 4096, dtype=dtype), make(1)
+    inner = (make(width, 4096), make(width), make(4096, width), make(4096), one, "gelu")
+    calls = {
+        "low_rank_norms": (weight, make(width, 4096), make(4096, width), one),
+        "bottleneck": (y, None, *inner),
+        "bottleneck_backward": (y, y, *inner, True, [True] * 3),
+    }
+    for name, args in calls.items():
+        if FORMS[name].unsuited(*args) is None:
+            FORMS[name].launch(run, *args)
     return run
 
 

@@ -12,7 +12,7 @@ from peftfx import dynamo
 from peftfx.kernels.bottleneck.op import rows
 from peftfx.kernels.low_rank_linear.runner import Runner, block_r, cdiv, matrix, precision
 
-MOST_C = 128  # the width that fits on the chip: two tiles of it in fp32 beside the operands
+MOST_C = 128  # the width that fits on the chip, of 16-bit operands: two tiles of it in fp32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -20,8 +20,9 @@ def unsuited(y: Tensor, h: Tensor | None, down: Tensor, *rest: Any) -> str | Non
     """Why the kernels cannot take a call, if they cannot."""
     if y.dtype not in DTYPES:
         return f"there is no kernel for {y.dtype}"
-    if down.shape[0] > MOST_C:
-        return f"the bottleneck is {down.shape[0]} wide, and {MOST_C} fit on the chip"
+    most = MOST_C * 2 // y.dtype.itemsize
+    if down.shape[0] > most:
+        return f"the bottleneck is {down.shape[0]} wide, and {most} fit on the chip"
     if not y.is_contiguous():
         return "the y that is added to is not contiguous"
     return None
@@ -49,7 +50,8 @@ def _common(run: Runner, y: Tensor, parameters: Sequence[Tensor]) -> dict[str, A
         "down": down, "down_bias": down_bias, "up": up, "scale": parameters[4], "M": y.shape[0],
         "N": up.shape[0], "K": down.shape[1], "C": C, "BLOCK_M": block_m, "BLOCK_N": step,
         "BLOCK_K": step, "BLOCK_C": block_r([C], MOST_C), "num_stages": 3 if half else 2,
-        "PRECISION": precision(y.dtype, run.device), "num_warps": 8 if block_m > 32 or not half else 4,
+        "PRECISION": precision(y.dtype, run.device),
+        "num_warps": 4 if half and block_m <= 32 else 8,
     }  # fmt: skip
 
 
