@@ -42,7 +42,7 @@ RULES: dict[str, dict[str, Any]] = {
 def cases(setting: Setting) -> Mapping[str, Measure]:
     found: dict[str, Measure] = {}
     for method in RULES:
-        for dtype in setting.half[: 1 if setting.tiny else 2]:
+        for dtype in setting.dtypes[: 1 if setting.tiny else 2]:
             name = f"{method}, {short(dtype)}"
             found[name] = functools.partial(_rows, setting, name, method, dtype)
     return found
