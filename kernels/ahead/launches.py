@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,11 +72,27 @@ class _Recorder(Runner):
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    for sizes, descriptors in CALLS:
-        for launch in _record(sizes, descriptors, target, dtype).found:
-            if launch.name not in seen:
-                seen.add(launch.name)
-                yield launch
+    recorded = (_record(*call, target, dtype).found for call in CALLS)
+    for launch in (*itertools.chain(*recorded), *rows(dtype)):
+        if launch.name not in seen:
+            seen.add(launch.name)
+            yield launch
+
+
+def rows(dtype: torch.dtype) -> Iterator[Launch]:
+    """Launches of the kernels that take a row of logits each."""
+    from peftfx.kernels.linear_cross_entropy import triton as losses
+
+    def made(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    z, per_row = made(1024, 128256), made(1024, of=torch.float32)
+    for smoothing, cap in ((0.0, 0.0), (0.1, 30.0)):
+        yield Launch(losses.cross_entropy_kernel, losses.cross_entropy_arguments(
+            z, made(1024, of=torch.int64), per_row, -100, smoothing, 1.0, cap, True
+        ))  # fmt: skip
+    counts = made(1024, of=torch.int8)
+    yield Launch(losses.kl_kernel, losses.kl_arguments(z, z, counts, per_row, 2.0, True))
 
 
 def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:

@@ -16,7 +16,7 @@ from peftfx import dynamo
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
 from peftfx.kernels.prefix_attention import op as prefix
-from peftfx.passes.claims.kernels import Compiled, Triton
+from peftfx.passes.claims.kernels import Chunks, Compiled, Triton
 from peftfx.passes.claims.library import Accumulate, Folded
 
 
@@ -77,6 +77,7 @@ class InductorRandom:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Compiled(), Triton(), Triton("opaque"), Accumulate(), Folded(), Definition(),
+    Compiled(), Triton(), Triton("opaque"), Accumulate(), Folded(),
+    Chunks("chunks, rows by Triton"), Chunks(), Definition(),
 )  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

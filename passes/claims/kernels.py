@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from peftfx.kernels.devices import describe
+from peftfx.kernels.linear_cross_entropy import op as losses
 from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute, tensors
 from peftfx.kernels.low_rank_linear.runner import SITES
 
@@ -87,3 +88,19 @@ class Compiled:
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None if args[0].device.type == "cpu" else "it is for the CPU"
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Losses of a head as they are: the library's products of a chunk of rows, and what makes their
+    logits a gradient in place. Written out, a loop over chunks would be as long as the batch."""
+
+    name: str = "chunks, rows by torch"
+    ops: tuple[str, ...] = tuple(losses.SCHEMAS)
+    emit: None = None
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        why = losses.why_plain(args[0])
+        if self.name.endswith("Triton"):
+            return why
+        return None if why else "a kernel of Triton's reads a row twice, this some eight times"
