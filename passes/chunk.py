@@ -76,7 +76,7 @@ class Chunk:
             raise _No("the logits are an output too; `loss='chunked'` leaves them out in training")
         recorder = Recorder(graph, self.name)
         with graph.inserting_before(loss):
-            x = recorder.proxy(found.linear.args[0])
+            x = recorder.wrap(found.linear.args[0])
             stands = {found.linear: x}
             for node in reversed(found.chain):
                 if node in found.cuts:
@@ -99,7 +99,7 @@ def _leave_out(node: fx.Node, x: Any) -> None:
     Whoever runs the graph puts something that refuses there.
     """
     value = node.meta[VALUE]
-    one = torch.zeros_like(x.detach()[..., :1], dtype=value.dtype)
+    one: Any = torch.zeros_like(x.detach()[..., :1], dtype=value.dtype)
     stand = one.expand(*[-1] * (value.ndim - 1), value.shape[-1]).node
     stand.meta[UNMADE] = True
     node.replace_all_uses_with(stand, lambda user: user.op == "output")

@@ -25,7 +25,9 @@ class Unmade(Tensor):
         return f"Unmade({tuple(self.shape)}, {self.dtype}): loss='chunked' makes no logits"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         if func._schema.name in _KEPT:
             given = kwargs or {}
             dtype, device = given.get("dtype"), given.get("device")

@@ -34,7 +34,7 @@ GPU = {
 def cases(setting: Setting) -> Mapping[str, Measure]:
     heads, rows = GPU, (2048, 4096, 8192)
     if not setting.gpu:
-        heads, rows = {"SmolLM 135M's": (576, 49152)}, (512, 2048)
+        heads, rows = {"SmolLM 135M's": (576, 49152)}, (512, 1024)
     if setting.tiny:
         heads, rows = {"tiny": (8, 40)}, (6,)
     return {

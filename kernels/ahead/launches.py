@@ -80,8 +80,9 @@ def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 
 
 def rows(dtype: torch.dtype) -> Iterator[Launch]:
-    """Launches of the kernels that take a row of logits each."""
+    """Launches of the kernels that work by rows: of logits, and of a sparse weight."""
     from peftfx.kernels.linear_cross_entropy import triton as losses
+    from peftfx.kernels.sparse_add import triton as sparse
 
     def made(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=of, device="meta")
@@ -93,6 +94,14 @@ def rows(dtype: torch.dtype) -> Iterator[Launch]:
         ))  # fmt: skip
     counts = made(1024, of=torch.int8)
     yield Launch(losses.kl_kernel, losses.kl_arguments(z, z, counts, per_row, 2.0, True))
+    y, turned, kept = made(8192, 4096), made(4096, 8192), 83_886
+    values, places = made(kept, of=torch.float32), made(kept, of=torch.int64)
+    yield Launch(sparse.sparse_add_sum_kernel, sparse.sum_arguments(
+        y, turned, values, places, made(4097, of=torch.int64), y
+    ))  # fmt: skip
+    yield Launch(sparse.sparse_add_dot_kernel, sparse.dot_arguments(
+        turned, turned, places, places, values
+    ))  # fmt: skip
 
 
 def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:

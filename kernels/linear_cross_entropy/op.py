@@ -26,7 +26,7 @@ from torch import Tensor
 
 from peftfx.errors import LossError
 from peftfx.kernels.definition import define
-from peftfx.kernels.devices import describe
+from peftfx.kernels.devices import why_plain
 
 _library = torch.library.Library("peftfx", "FRAGMENT")
 SCHEMAS = {
@@ -42,21 +42,11 @@ for _name, _schema in SCHEMAS.items():
 LEAST = 1024  # rows of a chunk: fewer, and reading W is what the products cost
 BUFFER = 2**26  # elements of logits that a chunk has at most, beyond that many rows
 PART = 2**21  # elements that plain torch works on at once, in float32
-KERNELS = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def rows_of(chunk: int, classes: int) -> int:
     """Rows of a chunk: as ordered, or at least 1024, and more where there are few classes."""
     return chunk or max(LEAST, BUFFER // max(classes, 1))
-
-
-def why_plain(x: Tensor) -> str | None:
-    """None where Triton's kernels make gradients of logits, else the reason why they do not."""
-    if x.device.type != "cuda":
-        return f"it is for GPUs, and this is on {x.device.type}"
-    if x.dtype not in KERNELS:
-        return f"there is no kernel for {x.dtype}"
-    return None if describe(x.device) else "no GPU is at hand for which there are kernels"
 
 
 # -- definitions -----------------------------------------------------------------------------------
@@ -191,8 +181,8 @@ def plain_kl(
     wide = torch.promote_types(x.dtype, torch.float32)
     z = F.linear(x, weight, bias)
     t = teacher if teacher_weight is None else F.linear(teacher, teacher_weight, teacher_bias)
-    logs = [(a.to(wide) / temperature).log_softmax(-1) for a in (z, t)]
-    each = F.kl_div(*logs, reduction="none", log_target=True).sum(-1)
+    log_s, log_t = ((a.to(wide) / temperature).log_softmax(-1) for a in (z, t))
+    each = F.kl_div(log_s, log_t, reduction="none", log_target=True).sum(-1)
     return (temperature**2 * each).where(counts, 0), x.new_empty(0)
 
 
@@ -239,7 +229,10 @@ class _Scaled(torch.autograd.Function):
 
 
 PLAIN: dict[str, Any] = {"linear_cross_entropy": plain_cross_entropy, "linear_kl": plain_kl}
-for _name, _definition in zip(SCHEMAS, (linear_cross_entropy, linear_kl), strict=True):
+DEFINITIONS: dict[str, Any] = {
+    "linear_cross_entropy": linear_cross_entropy, "linear_kl": linear_kl,
+}  # fmt: skip
+for _name, _definition in DEFINITIONS.items():
     define(_library, _name, _definition, plain=PLAIN[_name])
     torch.library.register_fake(f"peftfx::{_name}", _fake, lib=_library)
     torch.library.register_autograd(

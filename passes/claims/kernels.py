@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfx.kernels.devices import describe
-from peftfx.kernels.linear_cross_entropy import op as losses
+from peftfx.kernels.devices import describe, why_plain
 from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute, tensors
 from peftfx.kernels.low_rank_linear.runner import SITES
 
@@ -91,16 +90,20 @@ class Compiled:
 
 
 @dataclass(frozen=True)
-class Chunks:
-    """Losses of a head as they are: the library's products of a chunk of rows, and what makes their
-    logits a gradient in place. Written out, a loop over chunks would be as long as the batch."""
+class Kept:
+    """An op that stays as it is, with Triton's kernels where there are some, else without.
 
-    name: str = "chunks, rows by torch"
-    ops: tuple[str, ...] = tuple(losses.SCHEMAS)
+    A loop over chunks, written out, would be as long as the batch; and no compiler makes sparse
+    products anything else.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    kernels: bool = False
     emit: None = None
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        why = losses.why_plain(args[0])
-        if self.name.endswith("Triton"):
+        why = why_plain(args[0])
+        if self.kernels:
             return why
-        return None if why else "a kernel of Triton's reads a row twice, this some eight times"
+        return None if why else "the op takes its kernels where it can"

@@ -17,7 +17,13 @@ from peftfx.kernels.devices import TARGETS
 from peftfx.kernels.low_rank_linear.configs import rules, shipped
 from peftfx.kernels.measured import triton_version
 
-ALONE = ("sum", "cross_entropy", "kl")  # kernels without a product of matrices
+ALONE = (
+    "sum",
+    "cross_entropy",
+    "kl",
+    "sparse_add_sum",
+    "sparse_add_dot",
+)  # kernels without a product of matrices
 WIDE = ("fwd", "fwd_descriptor", "dx", "dx_descriptor")
 BEST = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
 

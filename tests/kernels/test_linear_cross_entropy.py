@@ -15,6 +15,7 @@ from torch import Tensor
 import peftfx
 from peftfx.errors import LossError
 from peftfx.kernels.definition import Defined
+from peftfx.kernels.devices import why_plain
 from peftfx.kernels.linear_cross_entropy import op
 from peftfx.losses import linear_cross_entropy, linear_kl
 from tests.helpers import relative
@@ -275,7 +276,7 @@ def test_on_a_gpu(dtype: torch.dtype) -> None:
         pytest.skip("there is no GPU")
     c = Case((2500, 3001, 64), dtype)
     x, weight, labels = (t.cuda() for t in (c.x, c.weight, c.labels))
-    assert op.why_plain(x) is None
+    assert why_plain(x) is None
     loss = linear_cross_entropy(x.requires_grad_(), weight, labels, bias=c.bias.cuda(), chunk=1024)
     want = F.cross_entropy(c.logits(), c.labels)
     assert relative(loss.cpu(), want) < BOUND[dtype]
