@@ -109,6 +109,18 @@ def _present(index: int) -> Device | None:
     return Device(found.name, target, found.multi_processor_count) if target in TARGETS else None
 
 
+KERNELS = (torch.bfloat16, torch.float16, torch.float32)  # dtypes that kernels are for
+
+
+def why_plain(t: torch.Tensor) -> str | None:
+    """None where Triton's kernels can compute with *t*, else why plain torch does."""
+    if t.device.type != "cuda":
+        return f"it is for GPUs, and this is on {t.device.type}"
+    if t.dtype not in KERNELS:
+        return f"there is no kernel for {t.dtype}"
+    return None if describe(t.device) else "no GPU is at hand for which there are kernels"
+
+
 def host() -> Device:
     """The CPU, by its name, what makes its 16-bit products, and torch's threads."""
     threads = torch.get_num_threads()

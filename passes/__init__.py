@@ -1,6 +1,7 @@
 """The passes, in the order in which they run."""
 
 from peftfx.passes.attend import Attend
+from peftfx.passes.chunk import Chunk
 from peftfx.passes.clean import Clean
 from peftfx.passes.freeze import Freeze
 from peftfx.passes.fuse import Fuse
@@ -13,6 +14,7 @@ PIPELINE = (
     Attend(),  # marks of queries become keys and values in front of their attention calls
     Insert(),  # other marks become their methods' nodes
     Fuse(),  # linear + low-rank update -> one op
+    Chunk(),  # frozen head + cross entropy -> one op
     Group(),  # ops that share their input -> one op
     Clean(),  # nodes that nothing uses any more
 )

@@ -30,7 +30,7 @@ class Fuse:
                 context.refuse(node, reason)
                 continue
             linear, x, *rest = node.args
-            weight, bias = _operands(linear)
+            weight, bias = operands(linear)
             made = node.meta.get(META, (None, None))
             recorder = Recorder(gm.graph, self.name, made[1])
             with gm.graph.inserting_before(node):
@@ -47,7 +47,8 @@ class Fuse:
         return None
 
 
-def _operands(linear: fx.Node) -> tuple[Any, Any]:
+def operands(linear: fx.Node) -> tuple[Any, Any]:
+    """Weight and bias of a linear; None for a bias that it has not."""
     given = dict(zip(("input", "weight", "bias"), linear.args, strict=False)) | linear.kwargs
     return given["weight"], given.get("bias")
 
@@ -60,7 +61,11 @@ def _refusal(node: fx.Node) -> str | None:
         return "the linear has another input"
     if set(linear.users) != {node}:
         return "the linear's own result is used too"
-    weight, _ = _operands(linear)
+    return unfit(operands(linear)[0])
+
+
+def unfit(weight: fx.Node) -> str | None:
+    """Why *weight* is no frozen matrix that an op of ours can take, None where it is."""
     value = weight.meta.get(VALUE)
     if not isinstance(value, Tensor):
         return "the weight's value is not known"

@@ -29,6 +29,8 @@ _WHERE = {
     "explain": "explaining",
     "fuse": "fusing",
     "is_adapted": "operations",
+    "linear_cross_entropy": "losses",
+    "linear_kl": "losses",
     "load": "loading",
     "load_state_dict": "checkpoint",
     "merge": "merging",
@@ -64,6 +66,8 @@ if TYPE_CHECKING:
     from peftfx.explaining import plan as plan
     from peftfx.fusing import fuse as fuse
     from peftfx.loading import load as load
+    from peftfx.losses import linear_cross_entropy as linear_cross_entropy
+    from peftfx.losses import linear_kl as linear_kl
     from peftfx.merging import merge as merge
     from peftfx.merging import unmerge as unmerge
     from peftfx.operations import activate as activate

@@ -89,8 +89,8 @@ def answer(given: Mapping[str, Any], front: Front, bias: Any, width: int, why: s
 
 def why_joined(given: Mapping[str, Any]) -> str | None:
     """The reason for the joined form, None where the merged one is taken; of tensors."""
-    q, v, mask = given["query"], given["value"], given["attn_mask"]
-    return op.why_joined(q, v, mask, float(given["dropout_p"]))
+    q, k, v, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    return op.why_joined(q, k, v, mask, bool(given["is_causal"]), float(given["dropout_p"]))
 
 
 # -- without Dynamo --------------------------------------------------------------------------------

@@ -25,9 +25,11 @@ from peftfx.log import logger
 from peftfx.passes import JOINT, PIPELINE
 from peftfx.registry import owner_of
 from peftfx.spec import Spec
+from peftfx.unmade import refusing
 from peftfx.verify import frozen, marks, provenance
 
 Lower = Literal["auto", "inductor", "aot_eager", "eager"] | Callable[..., Any]
+Loss = Literal["chunked"] | None
 LOWERS = ("auto", "inductor", "aot_eager", "eager")
 Example = Mapping[str, Any] | Sequence[Any] | None
 
@@ -39,12 +41,17 @@ class Backend:
     """
 
     def __init__(
-        self, spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None, lower: Lower = "auto"
+        self,
+        spec: Spec | Mapping[str, Any] | str | os.PathLike[str] | None,
+        lower: Lower = "auto",
+        loss: Loss = None,
     ) -> None:
         if not callable(lower) and lower not in LOWERS:
             raise SpecError(f"lower={lower!r} is not known", remedy=nearest(str(lower), LOWERS))
+        if loss not in (None, "chunked"):
+            raise SpecError(f"loss={loss!r} is not known", remedy="'chunked', or None")
         self.spec = None if spec is None else Spec.of(spec)
-        self.lower = lower
+        self.lower, self.loss = lower, loss
         self.reports: list[engine.Report] = []
         self.snapshots = False
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -52,10 +59,10 @@ class Backend:
         dynamo.guard_hooks()
 
     def __repr__(self) -> str:
-        return f"peftfx.backend({self.spec!r}, lower={self.lower!r})"
+        return f"peftfx.backend({self.spec!r}, lower={self.lower!r}, loss={self.loss!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:  # a compiled model is saved along with its backend
-        return Backend, (self.spec, self.lower)
+        return Backend, (self.spec, self.lower, self.loss)
 
     def bind(
         self, model: nn.Module, example: Example = None, adapter: str = "default"
@@ -153,10 +160,23 @@ class Backend:
             frozen=frozen(gm, inputs),
             snapshots=self.snapshots,
             autocast=dynamo.under_autocast(gm, inputs),
+            chunked=self.loss == "chunked",
         )
         report = engine.run(gm, PIPELINE, context)
         self.reports = [*self.reports[-63:], report]
         logger.debug("%s", report)
+        left_out = engine.unmade(gm)
+        return refusing(self._lowered(gm, inputs, report, mode, options), left_out)
+
+    def _lowered(
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        report: engine.Report,
+        mode: str | None,
+        options: dict[str, Any],
+    ) -> Callable[..., Any]:
+        """*gm* by the inner compiler."""
         if callable(self.lower):
             extra: dict[str, Any] = {"mode": mode} if mode else {}
             if options:
@@ -168,6 +188,7 @@ class Backend:
         from peftfx.passes.claims import CLAIMS, INDUCTOR_CLAIMS
         from peftfx.passes.lower import LowerPass
 
+        skip = engine.skipped_by_user((*PIPELINE, *JOINT))
         joint = engine.Joint(tuple(p for p in JOINT if p.name not in skip), report)
         if self.lower == "aot_eager":
             return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices), joint)
@@ -189,7 +210,9 @@ def _example(root: dynamo.Root) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def backend(
-    spec: Spec | Mapping[str, Any] | str | os.PathLike[str], lower: Lower = "auto"
+    spec: Spec | Mapping[str, Any] | str | os.PathLike[str],
+    lower: Lower = "auto",
+    loss: Loss = None,
 ) -> Backend:
     """A backend for ``torch.compile`` that adapts the model by *spec*.
 
@@ -197,8 +220,13 @@ def backend(
         spec: a :class:`~peftfx.spec.Spec`, the path of a spec file, or a mapping.
         lower: the inner compiler: ``auto`` and ``inductor`` (Inductor), ``aot_eager``, ``eager``,
             or a backend of torch's own protocol, called with the rewritten graph.
+        loss: ``chunked``: while gradients are on, a frozen head's cross entropy is taken in chunks
+            of rows, and the logits beside it are not made: the output in their place has a shape
+            and refuses whatever asks for numbers. Under ``torch.no_grad()`` logits are as ever. A
+            compile raises :class:`~peftfx.errors.LossError` where the head trains or is adapted.
+            Where nothing else reads the logits, this is done without being asked for.
     """
-    return Backend(spec, lower)
+    return Backend(spec, lower, loss)
 
 
 def adapt(
@@ -207,14 +235,16 @@ def adapt(
     example: Example = None,
     adapter: str = "default",
     lower: Lower = "auto",
+    loss: Loss = None,
     **compile_options: Any,
 ) -> nn.Module:
     """Binds *model* and compiles it in place; gives the same object.
 
     Args:
+        loss: see :func:`backend`.
         compile_options: for ``torch.compile``: ``fullgraph``, ``dynamic``, ``mode``, ``options``.
     """
-    made = Backend(spec, lower)
+    made = Backend(spec, lower, loss)
     made.bind(model, example, adapter)
     compile_in_place(model, made, **compile_options)
     return model
@@ -239,17 +269,17 @@ def entry_point(
     options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable[..., Any]:
-    """``torch.compile(model, backend="peftfx", options={"spec": …, "lower": …})``.
+    """``torch.compile(model, backend="peftfx", options={"spec": …, "lower": …, "loss": …})``.
 
     What else is in *options* goes to the inner compiler.
     """
     rest = dict(options or {})
-    spec, lower = rest.pop("spec", None), rest.pop("lower", "auto")
+    spec, lower, loss = rest.pop("spec", None), rest.pop("lower", "auto"), rest.pop("loss", None)
     if spec is None:
         raise dynamo.surface(
             SpecError("backend='peftfx' needs a spec", remedy="options={'spec': 'lora.yaml'}")
         )
     known = _made.get(id(options))
     if known is None or known[0] is not options:  # torch.compile hands over the same object
-        known = _made[id(options)] = (options, Backend(spec, lower))
+        known = _made[id(options)] = (options, Backend(spec, lower, loss))
     return known[1](gm, inputs, mode=mode, options=rest)

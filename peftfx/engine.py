@@ -25,6 +25,7 @@ from peftfx.log import logger
 
 VALUE = "example_value"  # where Dynamo keeps a node's fake value
 META = "peftfx"  # where a node's provenance is kept
+UNMADE = "peftfx_unmade"  # marks an output that stands in for one that is left out
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,8 @@ class Context:
     snapshots: bool = False
     frozen: Callable[[fx.Node], bool] = lambda node: False
     autocast: bool = False  # whether the graph, or a part of it, runs under autocast
+    chunked: bool = False  # whether logits are left out of the outputs of training
+    nested: bool = False  # whether the graph at hand lies in another one
     step: Step = field(default_factory=lambda: Step(""))
 
     def refuse(self, node: fx.Node, reason: str) -> None:
@@ -184,6 +187,7 @@ def run(gm: fx.GraphModule, passes: Sequence[Pass], context: Context | None = No
             continue
         start = time.perf_counter()
         for graph in graphs(gm):
+            context.nested = graph is not gm
             step.rewrites += _apply(one, graph, context)
         step.seconds = time.perf_counter() - start
         if context.snapshots or logger.isEnabledFor(10):
@@ -371,6 +375,13 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
+
+
+def unmade(gm: fx.GraphModule) -> list[int]:
+    """Which outputs of *gm* stand in for what was left out."""
+    (output,) = gm.graph.find_nodes(op="output")
+    found = output.args[0] if isinstance(output.args[0], (list, tuple)) else ()
+    return [i for i, n in enumerate(found) if isinstance(n, fx.Node) and n.meta.get(UNMADE)]
 
 
 def is_op(node: fx.Node, name: str) -> bool:

@@ -79,6 +79,10 @@ class DistillationError(PeftfxError, ValueError):
     """A student and a teacher that do not go together, or a site of theirs that never ran."""
 
 
+class LossError(PeftfxError, RuntimeError):
+    """A loss that cannot be taken in chunks, or logits that are asked for and were never made."""
+
+
 class AdapterError(PeftfxError, KeyError):
     """An adapter name that is unknown, taken or not allowed."""
 

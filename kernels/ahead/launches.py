@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,12 +75,37 @@ class _Recorder(Runner):
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    recorders = [_record(sizes, descriptors, target, dtype) for sizes, descriptors in CALLS]
-    for recorder in (*recorders, *(_fused(*call, target, dtype) for call in FUSED)):
-        for launch in recorder.found:
-            if launch.name not in seen:
-                seen.add(launch.name)
-                yield launch
+    calls = [_record(*call, target, dtype).found for call in CALLS]
+    calls += [_fused(*call, target, dtype).found for call in FUSED]
+    for launch in (*itertools.chain(*calls), *rows(dtype)):
+        if launch.name not in seen:
+            seen.add(launch.name)
+            yield launch
+
+
+def rows(dtype: torch.dtype) -> Iterator[Launch]:
+    """Launches of the kernels that work by rows: of logits, and of a sparse weight."""
+    from peftfx.kernels.linear_cross_entropy import triton as losses
+    from peftfx.kernels.sparse_add import triton as sparse
+
+    def made(*shape: int, of: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=of, device="meta")
+
+    z, per_row = made(1024, 128256), made(1024, of=torch.float32)
+    for smoothing, cap in ((0.0, 0.0), (0.1, 30.0)):
+        yield Launch(losses.cross_entropy_kernel, losses.cross_entropy_arguments(
+            z, made(1024, of=torch.int64), per_row, -100, smoothing, 1.0, cap, True
+        ))  # fmt: skip
+    counts = made(1024, of=torch.int8)
+    yield Launch(losses.kl_kernel, losses.kl_arguments(z, z, counts, per_row, 2.0, True))
+    y, turned, kept = made(8192, 4096), made(4096, 8192), 83_886
+    values, places = made(kept, of=torch.float32), made(kept, of=torch.int64)
+    yield Launch(sparse.sparse_add_sum_kernel, sparse.sum_arguments(
+        y, turned, values, places, made(4097, of=torch.int64), y
+    ))  # fmt: skip
+    yield Launch(sparse.sparse_add_dot_kernel, sparse.dot_arguments(
+        turned, turned, places, places, values
+    ))  # fmt: skip
 
 
 def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:

@@ -24,8 +24,8 @@ from peftfx.kernels.measured import triton_version
 FILE = Path(__file__).parent / "resources.json"
 KERNELS = (
     "low_rank_linear/triton.py", "low_rank_linear/factors/triton.py",
-    "low_rank_linear/descriptors/triton.py", "philox/triton.py",
-    "low_rank_norms/triton.py", "bottleneck/triton.py",
+    "low_rank_linear/descriptors/triton.py", "philox/triton.py", "linear_cross_entropy/triton.py",
+    "sparse_add/triton.py", "low_rank_norms/triton.py", "bottleneck/triton.py",
 )  # fmt: skip
 VARIANTS = (  # target:dtype, with /tf32 where fp32 products may be made so
     "sm_80:bfloat16", "sm_80:float32", "sm_80:float32/tf32",

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.kernels.definition import define
+from peftfx.kernels.prefix_attention import own as own_part
 
 _library = torch.library.Library("peftfx", "FRAGMENT")
 _OPERANDS = (
@@ -43,7 +44,7 @@ def prefix_attention(
     bias: Tensor | None, causal: bool, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """``out [B, H, S, D]`` in q's dtype, and the log-sum-exp of its scores ``[B, H, S]``."""
-    own, own_lse = _own(q, k, v, mask, causal, scale)
+    own, own_lse = own_part.attend(q, k, v, mask, causal, scale)
     scores = _scores(q, pk, bias, scale).to(own_lse.dtype)  # [B, H, S, P]
     lse = torch.logaddexp(own_lse, scores.logsumexp(-1))
     weights = (scores - lse[..., None]).exp()
@@ -61,7 +62,7 @@ def prefix_attention_backward(
     The backward of the own part is plain attention's, given the merged ``out`` and ``lse``: its
     probabilities are then those of the whole, and ``Σ grad·out`` is the whole's too.
     """
-    dq, dk, dv = _own_backward(grad, q, k, v, out, lse, mask, causal, scale)
+    dq, dk, dv = own_part.backward(grad, q, k, v, out, lse, mask, causal, scale)
     wide = lse.dtype
     do, values, keys = grad.to(wide), pv.to(wide), pk.to(wide)
     p = (_scores(q, pk, bias, scale).to(wide) - lse[..., None]).exp()  # [B, H, S, P]
@@ -81,8 +82,10 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 
 def _by_group(x: Tensor, m: Tensor) -> Tensor:
-    """``x·m`` with ``x [B, H, S, X]`` and one ``m [N, X, Y]`` for each group of heads."""
-    return (_grouped(x, m.shape[0]) @ m[:, None, None]).transpose(0, 1).flatten(1, 2)
+    """``x·m`` with ``x [B, H, S, X]`` and one ``m [N, X, Y]`` for each group of heads, whose rows
+    are one matrix ``[H/N·S, X]``."""
+    rows = x.reshape(x.shape[0], m.shape[0], -1, x.shape[-1])
+    return (rows @ m).reshape(*x.shape[:-1], m.shape[-1])
 
 
 def _per_group(a: Tensor, b: Tensor, like: Tensor) -> Tensor:
@@ -96,71 +99,6 @@ def _scores(q: Tensor, pk: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = _by_group(q.to(wide), pk.to(wide).transpose(1, 2)) * scale  # [B, H, S, P]
     return scores if bias is None else scores + bias
-
-
-# -- the own part: flash attention where it gives its log-sum-exp, else written out ----------------
-
-
-def _flash(q: Tensor, v: Tensor) -> bool:
-    return q.device.type == "cpu" and q.shape[-1] == v.shape[-1] and q.numel() > 0
-
-
-def _additive(q: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The mask to be added. A row that sees nothing of its own lives on the prefix, so that what
-    is not seen gets the least number instead of -inf, which would make NaN of the row."""
-    if mask is None:
-        return None
-    least = torch.finfo(q.dtype).min
-    if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=q.dtype).masked_fill(~mask, least)
-    return mask.to(q.dtype).clamp_min(least)
-
-
-def _own(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
-    added = _additive(q, mask)
-    if _flash(q, v):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # type: ignore
-            q, k, v, 0.0, causal, attn_mask=added, scale=scale
-        )
-    scores = _own_scores(q, k, added, causal, scale)
-    lse = scores.logsumexp(-1)
-    values = v.repeat_interleave(q.shape[1] // v.shape[1], 1).to(lse.dtype)
-    return ((scores - lse[..., None]).exp() @ values).to(q.dtype), lse
-
-
-def _own_scores(q: Tensor, k: Tensor, added: Tensor | None, causal: bool, scale: float) -> Tensor:
-    wide = torch.promote_types(q.dtype, torch.float32)
-    keys = k.repeat_interleave(q.shape[1] // k.shape[1], 1).to(wide)
-    scores = q.to(wide) @ keys.transpose(-1, -2) * scale  # [B, H, S, T]
-    if added is not None:
-        scores = scores + added
-    if causal:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
-        scores = scores.masked_fill(~seen, torch.finfo(wide).min)
-    return scores
-
-
-def _own_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
-    mask: Tensor | None, causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    added = _additive(q, mask)
-    if _flash(q, v):
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(  # type: ignore
-            grad, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale
-        )
-    wide = lse.dtype
-    times = q.shape[1] // k.shape[1]
-    p = (_own_scores(q, k, added, causal, scale) - lse[..., None]).exp()
-    do = grad.to(wide)
-    keys, values = (t.repeat_interleave(times, 1).to(wide) for t in (k, v))
-    delta = (do * out.to(wide)).sum(-1, keepdim=True)
-    ds = p * (do @ values.transpose(-1, -2) - delta) * scale
-    dk, dv = ds.transpose(-1, -2) @ q.to(wide), p.transpose(-1, -2) @ do
-    dk, dv = (t.unflatten(1, (k.shape[1], times)).sum(2) for t in (dk, dv))
-    return (ds @ keys).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 DEFINITIONS: dict[str, Any] = {
@@ -270,7 +208,9 @@ def joined(
     )  # fmt: skip
 
 
-def why_joined(q: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str | None:
+def why_joined(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout: float
+) -> str | None:
     """None where the merged form is taken, else the reason why the joined one is.
 
     Merging pays where the own part can run as it did, with the log-sum-exp given beside.
@@ -279,8 +219,4 @@ def why_joined(q: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str
         return "attention drops probabilities out of the whole softmax"
     if mask is not None and mask.requires_grad:
         return "the mask trains"
-    if q.device.type != "cpu":
-        return f"no attention on {q.device.type} that gives its log-sum-exp is used yet"
-    if q.shape[-1] != v.shape[-1]:
-        return "keys and values have different widths"
-    return None
+    return own_part.kernel(q, k, v, mask is not None, causal)[1] or None

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from peftfx.kernels.definition import define
+from peftfx.kernels.devices import why_plain
 
 _library = torch.library.Library("peftfx", "FRAGMENT")
 SCHEMAS = {
@@ -41,6 +42,8 @@ def sparse_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     if index.numel() == 0 or flat.numel() == 0:
         return y.clone()
+    if why_plain(y) is None:
+        return _kernels().added(y.reshape(-1, n), flat, values, index).reshape(y.shape)  # type: ignore
     if products(flat.device):
         update = (matrix(values.to(dtype), index, n, k) @ flat.to(dtype).t()).t()  # [M, N]
     else:
@@ -55,22 +58,31 @@ def sparse_add_backward(
     n, k = dy.shape[-1], x.shape[-1]
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dx, dv = x.new_empty(0), values.new_empty(0)
-    rows, flat = dy.reshape(-1, n).to(dtype), x.reshape(-1, k).to(dtype)
     if mask[0]:
         back = torch.argsort(index % k * n + index // k)  # ΔWᵀ, row by row
         turned = (index % k * n + index // k)[back]
         zero = torch.zeros_like(x, dtype=dtype)
-        dx = sparse_add(zero, rows.reshape(dy.shape), values[back], turned).to(x.dtype)
+        dx = sparse_add(zero, dy, values[back], turned).to(x.dtype)
     if mask[1]:
+        rows, flat = dy.reshape(-1, n), x.reshape(-1, k)
         if index.numel() == 0 or rows.numel() == 0:
             dv = torch.zeros_like(values)
+        elif why_plain(dy) is None:
+            dv = _kernels().sampled(rows, flat, index, values.dtype)
         elif products(rows.device):
             empty = matrix(torch.zeros_like(values, dtype=dtype), index, n, k)
+            rows, flat = rows.to(dtype), flat.to(dtype)
             dv = torch.sparse.sampled_addmm(empty, rows.t(), flat, beta=0.0).values()
         else:
-            dv = sampled(rows, flat, index)
+            dv = sampled(rows.to(dtype), flat.to(dtype), index)
         dv = dv.to(values.dtype)
     return dx, dv
+
+
+def _kernels() -> Any:
+    from peftfx.kernels.sparse_add import triton
+
+    return triton
 
 
 def products(device: torch.device) -> bool:

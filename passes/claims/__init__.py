@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import torch
 
 from peftfx import dynamo
+from peftfx.kernels.linear_cross_entropy import op as losses
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
 from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.kernels.sparse_add import op as sparse
 from peftfx.passes.claims import fused
-from peftfx.passes.claims.kernels import Compiled, Triton
+from peftfx.passes.claims.kernels import Compiled, Kept, Triton
 from peftfx.passes.claims.library import Accumulate, Folded
 
 
@@ -79,7 +81,14 @@ class InductorRandom:
         return torch.where(numbers >= p, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
 
 
+KEPT = (
+    Kept("chunks, rows by Triton", tuple(losses.SCHEMAS), kernels=True),
+    Kept("chunks, rows by torch", tuple(losses.SCHEMAS)),
+    Kept("sums by Triton", tuple(sparse.SCHEMAS), kernels=True),
+    Kept("sparse products", tuple(sparse.SCHEMAS)),
+)
 CLAIMS: tuple[Claim, ...] = (
-    Compiled(), Triton(), Triton("opaque"), fused.Fused(), Accumulate(), Folded(), Definition(),
+    Compiled(), Triton(), Triton("opaque"), fused.Fused(), Accumulate(), Folded(),
+    *KEPT, Definition(),
 )  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

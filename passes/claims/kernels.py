@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfx.kernels.devices import describe
+from peftfx.kernels.devices import describe, why_plain
 from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute, tensors
 from peftfx.kernels.low_rank_linear.runner import SITES
 
@@ -87,3 +87,23 @@ class Compiled:
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None if args[0].device.type == "cpu" else "it is for the CPU"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An op that stays as it is, with Triton's kernels where there are some, else without.
+
+    A loop over chunks, written out, would be as long as the batch; and no compiler makes sparse
+    products anything else.
+    """
+
+    name: str
+    ops: tuple[str, ...]
+    kernels: bool = False
+    emit: None = None
+
+    def check(self, op: str, args: Sequence[Any]) -> str | None:
+        why = why_plain(args[0])
+        if self.kernels:
+            return why
+        return None if why else "the op takes its kernels where it can"

@@ -17,6 +17,13 @@ from peftfx.kernels.devices import TARGETS
 from peftfx.kernels.low_rank_linear.configs import rules, shipped
 from peftfx.kernels.measured import triton_version
 
+ALONE = (
+    "sum",
+    "cross_entropy",
+    "kl",
+    "sparse_add_sum",
+    "sparse_add_dot",
+)  # kernels without a product of matrices
 WIDE = ("fwd", "fwd_descriptor", "dx", "dx_descriptor")
 BEST = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}
 
@@ -31,8 +38,8 @@ def holds(variant: str, compiled: dict[str, dict[str, Any]]) -> None:
         kernel = name.split()[0]
         assert found["spills"] == 0, name
         assert found["shared_memory"] <= TARGETS[target].shared_memory, name
-        if kernel == "sum" or (dtype == "float32" and target != "gfx942"):
-            continue  # no products; exact fp32 products, which CUDA's tensor cores do not have
+        if kernel in ALONE or (dtype == "float32" and target != "gfx942"):
+            continue  # exact fp32 products, which CUDA's tensor cores do not have
         assert found["instruction"], name
         if kernel in WIDE and dtype in ("bfloat16", "float16"):
             assert found["instruction"] == BEST[target], name

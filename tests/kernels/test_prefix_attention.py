@@ -9,8 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from peftfx.kernels.prefix_attention import op
+from peftfx import dynamo
+from peftfx.kernels.prefix_attention import op, own
 from tests.helpers import relative
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -99,7 +101,7 @@ def with_grads(c: Case, run: Any) -> list[Tensor]:
         leaf.requires_grad_()
     out = run(*c.args())
     out = out[0] if isinstance(out, tuple) else out
-    weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+    weights = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).reshape(out.shape).to(out)
     (out * weights).sum().backward()
     return [leaf.grad for leaf in leaves if leaf.grad is not None]
 
@@ -153,13 +155,97 @@ def test_autocast_is_attention_s() -> None:
 
 def test_the_rule() -> None:
     c = Case()
-    assert op.why_joined(c.q, c.v, None, 0.0) is None
-    assert "drops" in (op.why_joined(c.q, c.v, None, 0.1) or "")
+
+    def why(q: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> str:
+        return op.why_joined(q, c.k, v, mask, False, dropout) or ""
+
+    assert not why(c.q, c.v, None, 0.0)
+    assert "drops" in why(c.q, c.v, None, 0.1)
     trained = torch.zeros(5, 7, requires_grad=True)
-    assert "trains" in (op.why_joined(c.q, c.v, trained, 0.0) or "")
-    assert "widths" in (op.why_joined(c.q, c.v[..., :3], None, 0.0) or "")
+    assert "trains" in why(c.q, c.v, trained, 0.0)
+    assert "widths" in why(c.q, c.v[..., :3], None, 0.0)
     elsewhere = torch.empty(1, 1, 1, 8, device="meta")
-    assert "meta" in (op.why_joined(elsewhere, elsewhere, None, 0.0) or "")
+    assert "meta" in why(elsewhere, elsewhere, None, 0.0)
+
+
+GPU = [  # heads of queries and keys, queries, keys, width, dtype, mask: the kernel
+    ((8, 2), 64, 64, 64, torch.bfloat16, "causal", "flash"),
+    ((8, 2), 1, 70, 64, torch.float16, "none", "flash"),
+    ((8, 8), 33, 70, 64, torch.bfloat16, "causal", "efficient"),
+    ((8, 2), 33, 70, 64, torch.bfloat16, "bool", "efficient"),
+    ((4, 4), 32, 32, 16, torch.float32, "float", "efficient"),
+    ((4, 1), 7, 7, 36, torch.float32, "none", "efficient"),
+]
+
+
+def on(device: str, heads: Any, s: int, t: int, d: int, dtype: torch.dtype, mask: str) -> Case:
+    c = Case((*heads, heads[1]), s, t, 5, d, mask, dtype)
+    for name in ("q", "k", "v", "pk", "pv", "mask"):
+        value = getattr(c, name)
+        setattr(c, name, value if value is None else value.to(device))
+    return c
+
+
+@pytest.mark.parametrize("case", GPU, ids=[f"{c[-2]} {c[-1]} {c[2]}" for c in GPU])
+def test_shapes_that_kernels_for_gpus_are_given(case: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors without memory, forward and backward: the kernel, and what it is given."""
+    monkeypatch.setattr(own, "kernel", own.on_gpu)
+    *shape, name = case
+    calls: dict[str, Any] = {}
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if "scaled_dot_product" in str(func):
+                calls[str(func)] = args
+            return func(*args, **(kwargs or {}))
+
+    c = on("meta", *shape)
+    assert op.why_joined(c.q, c.k, c.v, c.mask, c.causal, 0.0) is None
+    with Calls():
+        out, lse = op.prefix_attention(*c.args())
+        grads = op.prefix_attention_backward(out, out, lse, *c.args())
+    assert out.shape == c.q.shape and lse.shape == c.q.shape[:-1] and lse.dtype == torch.float32
+    given_ = (c.q, c.k, c.v, c.pk, c.pv)
+    assert [g.shape for g in grads] == [t.shape for t in given_]
+    assert [g.dtype for g in grads] == [t.dtype for t in given_]
+    (forward, args), (backward, back) = calls.items()
+    assert f"_{name}_attention.default" in forward and f"_{name}_attention_backward" in backward
+    assert all(t.stride(-1) == 1 for t in args[:3])
+    if name == "efficient":
+        assert args[1].shape[1] == c.q.shape[1] and back[6].shape[-1] % 32 == 0
+        if args[3] is not None:
+            assert args[3].shape == (*c.q.shape[:-1], c.k.shape[2])
+            assert args[3].stride(-1) == 1 and all(s % 8 == 0 for s in args[3].stride()[:-1])
+            assert c.mask is not None and (c.mask.shape[1] > 1 or args[3].stride(1) == 0)
+
+
+def test_what_no_kernel_for_gpus_takes_is_joined() -> None:
+    with dynamo.fake_mode():
+        for d, dtype in ((36, torch.bfloat16), (64, torch.float64), (512, torch.bfloat16)):
+            q = torch.empty(1, 2, 3, d, dtype=dtype, device="cuda")
+            assert f"heads of {d}" in (op.why_joined(q, q, q, None, False, 0.0) or "")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("case", GPU, ids=[f"{c[-2]} {c[-1]} {c[2]}" for c in GPU])
+def test_on_a_gpu(case: Any, mask: str) -> None:
+    """Forward and backward, whatever kernel takes the own part."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    *shape, _, _ = case
+    c = on("cuda", *shape, mask)
+    cpu = on("cpu", *shape, mask)
+    c.bias = None if cpu.bias is None else cpu.bias.cuda()
+    out, lse = torch.ops.peftfx.prefix_attention(*c.args())
+    assert relative(out.cpu(), reference(cpu)) < BOUND[c.q.dtype]
+    assert lse.isfinite().all()
+    expected = with_grads(cpu, lambda *_: reference(cpu))
+    found = with_grads(c, torch.ops.peftfx.prefix_attention)
+    for a, b in zip(found, expected, strict=True):
+        assert relative(a.cpu(), b) < 2 * BOUND[c.q.dtype]
 
 
 def test_a_prefix_is_no_key_at_first() -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftfx.kernels.sparse_add import op
+from tests.helpers import relative
 
 SIZES = st.integers(1, 9)
 
@@ -75,6 +76,46 @@ def test_dtypes_and_shapes(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     out.float().sum().backward()
     assert x.grad is not None and x.grad.dtype == dtype
     assert values.grad is not None and values.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("share", [0.02, 0.4])
+def test_kernels_by_the_interpreter(dtype: torch.dtype, share: float) -> None:
+    """Rows without a place, rows with many, and ragged edges of tiles."""
+    from peftfx.kernels.sparse_add import triton
+
+    y, x, values, index = case(131, 19, 23, share, dtype)
+    index = index[index // 23 != 3]
+    values = values[: len(index)].float()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    want = y.double() + x.double() @ dense(values.double(), index, 19, 23).t()
+    found = triton.added(y, x, values, index)
+    assert relative(found, want) < bound
+    assert torch.equal(triton.added(y.t().contiguous().t(), x, values, index), found)
+    places = (y.double().t() @ x.double()).reshape(-1)[index]
+    assert relative(triton.sampled(y, x, index, torch.float32), places) < 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype: torch.dtype) -> None:
+    """Forward and backward, twice the same bits."""
+    if not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    y, x, values, index = (t.cuda() for t in case(300, 190, 230, 0.02, dtype))
+    x, values = x.requires_grad_(), values.float().requires_grad_()
+    weight = torch.randn(y.shape, device="cuda").to(dtype)
+    runs = []
+    for _ in range(2):
+        out = torch.ops.peftfx.sparse_add(y, x, values, index)
+        runs.append([out, *torch.autograd.grad(out, [x, values], weight)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+    wide = [t.detach().cpu().double().requires_grad_() for t in (x, values)]
+    want = y.cpu().double() + wide[0] @ dense(wide[1], index.cpu(), 190, 230).t()
+    grads = torch.autograd.grad(want, wide, weight.cpu().double())
+    bound = 1e-5 if dtype == torch.float32 else 3e-2
+    for got, expected in zip(runs[0], (want, *grads), strict=True):
+        assert relative(got.cpu(), expected) < bound
 
 
 class Largest(TorchDispatchMode):

@@ -61,10 +61,10 @@ def counts(backend: Backend) -> dict[str, int]:
 
 
 def test_pipeline_reads_top_to_bottom() -> None:
-    names = ["freeze", "attend", "insert", "fuse", "group", "clean"]
+    names = ["freeze", "attend", "insert", "fuse", "chunk", "group", "clean"]
     assert [p.name for p in PIPELINE] == names and [p.name for p in JOINT] == ["recompute"]
     backend, model, out = compiled()
-    assert counts(backend) == dict(zip(names, (0, 0, 6, 4, 1, 0), strict=True))
+    assert counts(backend) == dict(zip(names, (0, 0, 6, 4, 0, 1, 0), strict=True))
     assert relative(out, model(IDS)) < 1e-5
 
 
