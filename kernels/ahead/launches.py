@@ -14,6 +14,8 @@ from peftfx.kernels.devices import KNOWN
 from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
 from peftfx.kernels.low_rank_linear.runner import Runner
+from peftfx.kernels.shrink.calls import Producer
+from peftfx.kernels.shrink.launch import FORMS
 
 GROUP = (4096, 1024, 1024)
 CALLS = (
@@ -29,6 +31,16 @@ CALLS = (
     (Sizes(256), False),
     (Sizes(64), True),
     (Sizes(8, outs=GROUP), True),
+)
+SHRINKS = (
+    Producer(8192, ranks=(16, 16, 16), adds=True),
+    Producer(8192, ranks=(16, 16), centred=True),
+    Producer(8192, ranks=(64, 64), adds=True, centred=True),
+    Producer(8192, 14336, act="silu", gated=True),
+    Producer(8192, 14336, act="gelu"),
+    Producer(2048, 14336, act="silu", gated=True),
+    Producer(2048, 14336, (64,), act="gelu"),
+    Producer(2048, 14336, (64,), act="gelu_tanh", gated=True),
 )
 
 
@@ -46,6 +58,7 @@ class Launch:
         given = {p.name: self.arguments[p.name] for p in kinds if p.annotation == "tl.constexpr"}
         tile = "x".join(str(v) for k, v in given.items() if k.startswith("BLOCK"))
         flags = [k.lower() for k, v in given.items() if v is True]
+        flags += [given["ACT"]] if "ACT" in given else []
         sites = [f"sites={given['COUNT']}"] if given.get("COUNT", 1) > 1 else []
         run = [f"warps={self.arguments['num_warps']}", f"stages={self.arguments['num_stages']}"]
         short = self.kernel.fn.__name__.removeprefix("low_rank_linear_").removesuffix("_kernel")
@@ -71,8 +84,8 @@ class _Recorder(Runner):
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    for sizes, descriptors in CALLS:
-        for launch in _record(sizes, descriptors, target, dtype).found:
+    for run in _runs(target, dtype):
+        for launch in run.found:
             if launch.name not in seen:
                 seen.add(launch.name)
                 yield launch
@@ -80,17 +93,22 @@ def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
 
 def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
     """The tiles that those launches use, with the kernels' names."""
-    return {pair for call in CALLS for pair in _record(*call, target, dtype).used}
+    return {pair for run in _runs(target, dtype) for pair in run.used}
 
 
-def _record(sizes: Sizes, descriptors: bool, target: str, dtype: torch.dtype) -> _Recorder:
+def _runs(target: str, dtype: torch.dtype) -> Iterator[_Recorder]:
     device = next(d for d in KNOWN.values() if d.target == target)
-    run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
 
     def make(*shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    operands = Operands.of(sizes, dtype, make)
-    _, s = operands.forward(run)
-    operands.backward(run, s)
-    return run
+    for sizes, descriptors in CALLS:
+        run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
+        operands = Operands.of(sizes, dtype, make)
+        _, s = operands.forward(run)
+        operands.backward(run, s)
+        yield run
+    for one in SHRINKS:
+        run = _Recorder(device, configs=shipped_config)
+        FORMS[one.op](run, *one.arguments(dtype, make))
+        yield run

@@ -16,8 +16,10 @@ from peftfx import dynamo
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
 from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.kernels.shrink import op as producers
 from peftfx.passes.claims.kernels import Compiled, Triton
 from peftfx.passes.claims.library import Accumulate, Folded
+from peftfx.passes.claims.shrink import Shrink
 
 
 class Claim(Protocol):
@@ -45,13 +47,18 @@ class Definition:
     """The op's own definition: always right, never refused."""
 
     name: str = "definition"
-    ops: tuple[str, ...] = (*low_rank.DEFINITIONS, *prefix.DEFINITIONS, "dropout")
+    ops: tuple[str, ...] = (
+        *low_rank.DEFINITIONS, *prefix.DEFINITIONS, *producers.DEFINITIONS, "dropout",
+    )  # fmt: skip
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None
 
     def emit(self, op: str, *args: Any) -> Any:
-        definitions = {**low_rank.DEFINITIONS, **prefix.DEFINITIONS, "dropout": philox.dropout}
+        definitions = {
+            **low_rank.DEFINITIONS, **prefix.DEFINITIONS, **producers.DEFINITIONS,
+            "dropout": philox.dropout,
+        }  # fmt: skip
         return definitions[op](*args)
 
 
@@ -77,6 +84,6 @@ class InductorRandom:
 
 
 CLAIMS: tuple[Claim, ...] = (
-    Compiled(), Triton(), Triton("opaque"), Accumulate(), Folded(), Definition(),
+    Compiled(), Triton(), Triton("opaque"), Shrink(), Accumulate(), Folded(), Definition(),
 )  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])
