@@ -40,7 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int]] = {  # and what is absorbed i
                               "feed_forward_proj": "gated-gelu"}, 6),
     "vit": ("ViTModel", {**SMALL, **STILL, **IMAGE}, 6),
 }  # fmt: skip
-FEW = ("llama", "bert")
+FEW = ("llama",)
 
 
 class Lowering:
