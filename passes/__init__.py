@@ -1,5 +1,6 @@
 """The passes, in the order in which they run."""
 
+from peftfx.passes.absorb import Absorb
 from peftfx.passes.attend import Attend
 from peftfx.passes.chunk import Chunk
 from peftfx.passes.clean import Clean
@@ -22,6 +23,9 @@ PIPELINE = (
 JOINT = (
     Recompute(),  # what the backward makes again instead of keeping
 )
-# and last, on each of the two: peftfx.passes.lower chooses what computes each op
+# and on each of the two, before peftfx.passes.lower chooses what computes each op
+PARTS = (
+    Absorb(),  # norm or activation + S of what reads it -> one op
+)
 
-__all__ = ["JOINT", "PIPELINE"]
+__all__ = ["JOINT", "PARTS", "PIPELINE"]

@@ -17,7 +17,8 @@ from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx import dynamo
-from peftfx.engine import sources
+from peftfx.engine import GraphPasses, sources
+from peftfx.passes.absorb import replace
 from peftfx.passes.claims import CLAIMS, Claim, cost
 
 
@@ -39,13 +40,20 @@ class Choice:
 
 @dataclass
 class LowerPass:
-    """A callable on graphs; ``uuid`` identifies to a compiler's cache what it would do."""
+    """A callable on graphs; ``uuid`` identifies to a compiler's cache what it would do.
+
+    Args:
+        before: passes that are run first.
+    """
 
     claims: Sequence[Claim] = CLAIMS
     choices: list[Choice] = field(default_factory=list)
+    before: GraphPasses | None = None
     _traced: dict[str, fx.Graph] = field(default_factory=dict)  # forms of one graph, see `_form`
 
     def __call__(self, graph: fx.Graph) -> None:
+        if self.before is not None:
+            self.before(graph)
         kept: set[fx.Node] = set()
         self._traced.clear()
         while found := [n for n in graph.nodes if n not in kept and _op_name(n) is not None]:
@@ -56,7 +64,8 @@ class LowerPass:
 
     def uuid(self) -> str:
         """Identifies the lowering to Inductor's cache: its sources and claims."""
-        return f"{sources()} {[c.name for c in self.claims]} {cost.settings()}"
+        before = "" if self.before is None else self.before.uuid()
+        return f"{sources()} {[c.name for c in self.claims]} {cost.settings()} {before}"
 
     def _lower(self, graph: fx.Graph, node: fx.Node) -> bool:
         """Puts the chosen form in the node's place; False if the node stays."""
@@ -145,7 +154,7 @@ def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph) -> None:
                         copy.meta[key] = node.meta[key]
                 mutated = _in_place(inner)
                 mapping[inner] = copy if mutated is None else mapping[mutated]
-    _replace(graph, node, result)
+    replace(graph, node, result)
 
 
 def _in_place(node: fx.Node) -> fx.Node | None:
@@ -159,12 +168,3 @@ def _in_place(node: fx.Node) -> fx.Node | None:
     mutated = node.args[0]
     assert isinstance(mutated, fx.Node)
     return mutated
-
-
-def _replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
-    if isinstance(result, fx.Node):
-        node.replace_all_uses_with(result)
-    else:
-        for user in list(node.users):  # getitem of a tuple or a list
-            _replace(graph, user, result[user.args[1]])
-    graph.erase_node(node)

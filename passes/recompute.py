@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peftfx import dynamo
+from peftfx.engine import Step
 
 aten = torch.ops.aten
 LAYOUT = {  # what moves or copies values, and computes none
@@ -38,13 +39,16 @@ class Recompute:
     - from values which are in the backward anyway, from small ones, and from inputs, or
     - where it is a copy of a smaller one, spread out: from that one.
 
+    And what a loop reads, as a norm's derivative does what is normed, where it was widened: from
+    the one value of half its size that it is made of, and small ones.
+
     What the user checkpointed is left as it is.
     """
 
     name: str = "recompute"
     optional: bool = True
 
-    def __call__(self, graph: fx.Graph) -> int:
+    def __call__(self, graph: fx.Graph, step: Step) -> int:
         """Marks nodes; gives the number of values that are made again."""
         if any("recompute" in n.meta for n in graph.nodes):
             return 0
@@ -52,6 +56,11 @@ class Recompute:
         found = 0
         for value in _read_whole(graph, backward):
             chain = _from_kept(value, backward) or _from_smaller(value)
+            for node in chain:
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+            found += bool(chain)
+        for value in _read_in_loops(graph, backward):
+            chain = _from_narrow(value)
             for node in chain:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             found += bool(chain)
@@ -79,6 +88,35 @@ def _read_whole(graph: fx.Graph, backward: set[fx.Node]) -> Iterator[fx.Node]:
             if value not in backward and value not in seen and _bytes(value):
                 seen.add(value)
                 yield value
+
+
+def _read_in_loops(graph: fx.Graph, backward: set[fx.Node]) -> Iterator[fx.Node]:
+    """Forward values that loops of the backward read and that would be kept as they are."""
+    for node in graph.nodes:
+        if node in backward or "recompute" in node.meta or not _bytes(node) or not _cheap(node):
+            continue
+        if any(user in backward for user in node.users):
+            yield node
+
+
+def _from_narrow(value: fx.Node) -> list[fx.Node]:
+    """The nodes between *value* and one narrow value that it is made of; none if there are more."""
+    chain, queue, narrow = [value], list(value.all_input_nodes), set[fx.Node]()
+    seen = {value, *queue}
+    while queue:
+        node = queue.pop()
+        if SMALL * _bytes(node) <= _bytes(value):
+            continue
+        if 2 * _bytes(node) <= _bytes(value):
+            narrow.add(node)
+            continue
+        if not _cheap(node) or len(chain) == LONGEST:
+            return []
+        chain.append(node)
+        fresh = [n for n in node.all_input_nodes if n not in seen]
+        seen.update(fresh)
+        queue += fresh
+    return chain if len(narrow) == 1 else []
 
 
 def _from_kept(value: fx.Node, backward: set[fx.Node]) -> list[fx.Node]:

@@ -22,7 +22,7 @@ from peftfx.check import check
 from peftfx.errors import BindError, PeftfxError, SpecError, nearest
 from peftfx.install import own_all
 from peftfx.log import logger
-from peftfx.passes import JOINT, PIPELINE
+from peftfx.passes import JOINT, PARTS, PIPELINE
 from peftfx.registry import owner_of
 from peftfx.spec import Spec
 from peftfx.unmade import refusing
@@ -153,7 +153,7 @@ class Backend:
         mode: str | None,
         options: dict[str, Any],
     ) -> Callable[..., Any]:
-        skip = engine.skipped_by_user((*PIPELINE, *JOINT))
+        skip = engine.skipped_by_user((*PIPELINE, *JOINT, *PARTS))
         context = engine.Context(
             skip=skip,
             provenance=provenance(gm, inputs, binding),
@@ -188,11 +188,12 @@ class Backend:
         from peftfx.passes.claims import CLAIMS, INDUCTOR_CLAIMS
         from peftfx.passes.lower import LowerPass
 
-        skip = engine.skipped_by_user((*PIPELINE, *JOINT))
-        joint = engine.Joint(tuple(p for p in JOINT if p.name not in skip), report)
+        skip = engine.skipped_by_user((*PIPELINE, *JOINT, *PARTS))
+        joint = engine.GraphPasses(tuple(p for p in JOINT if p.name not in skip), report)
+        parts = engine.GraphPasses(tuple(p for p in PARTS if p.name not in skip), report)
         if self.lower == "aot_eager":
-            return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices), joint)
-        lower = LowerPass(INDUCTOR_CLAIMS, report.choices)
+            return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices, parts), joint)
+        lower = LowerPass(INDUCTOR_CLAIMS, report.choices, parts)
         if self.snapshots:  # a cached graph has no choices to tell of
             options = {"force_disable_caches": True, **options}
         return dynamo.compile_inductor(gm, inputs, lower, mode, options, joint)

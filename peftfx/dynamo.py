@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
@@ -245,8 +245,13 @@ def compile_aot(
     inputs: Sequence[Any],
     lower: Callable[[fx.Graph], None],
     joint: Callable[[fx.Graph], None] | None = None,
+    table: Mapping[Any, Callable[..., Any]] | None = None,
 ) -> Compiled:
-    """AOTAutograd on *gm*, with the same passes; its graphs run eagerly."""
+    """AOTAutograd on *gm*, with the same passes; its graphs run eagerly.
+
+    Args:
+        table: decompositions; none by default.
+    """
     from functorch.compile import make_boxed_func
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -262,9 +267,8 @@ def compile_aot(
             joint(graph.graph)
         return min_cut_rematerialization_partition(graph, *args, **options)
 
-    compiled: Compiled = aot_autograd(fw_compiler=compiler, partition_fn=partition)(
-        gm, list(inputs)
-    )
+    how = {"fw_compiler": compiler, "partition_fn": partition, "decompositions": table}
+    compiled: Compiled = aot_autograd(**how)(gm, list(inputs))
     return compiled
 
 
@@ -298,6 +302,15 @@ def fake_mode() -> Any:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@contextmanager
+def real_tensors() -> Iterator[None]:
+    """Inside the block, tensors are real and no trace records, while a compile is going on."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes(), torch.no_grad():
+        yield
 
 
 @contextmanager

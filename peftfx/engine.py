@@ -60,6 +60,10 @@ class Step:
     refusals: list[Refusal] = field(default_factory=list)
     snapshot: str | None = None
 
+    def refuse(self, node: fx.Node, reason: str) -> None:
+        """Tells that *node* was left alone, and why."""
+        self.refusals.append(Refusal(node.name, reason))
+
 
 @dataclass
 class Report:
@@ -93,7 +97,7 @@ class Context:
 
     def refuse(self, node: fx.Node, reason: str) -> None:
         """Tells that *node* was left alone, and why."""
-        self.step.refusals.append(Refusal(node.name, reason))
+        self.step.refuse(node, reason)
 
 
 class Named(Protocol):
@@ -118,25 +122,26 @@ class Pass(Named, Protocol):
         ...
 
 
-class JointPass(Named, Protocol):
-    """A pass over AOTAutograd's joint graph of forward and backward."""
+class GraphPass(Named, Protocol):
+    """A pass over a graph of AOTAutograd's: the joint one, or one of the two made of it."""
 
-    def __call__(self, graph: fx.Graph) -> int:
-        """Changes *graph* in place; gives the number of changes."""
+    def __call__(self, graph: fx.Graph, step: Step) -> int:
+        """Changes *graph* in place, tells *step* what it left alone; gives how many changes."""
         ...
 
 
 @dataclass(frozen=True)
-class Joint:
-    """Runs passes over the joint graph; ``uuid`` identifies to a compiler's cache what they do."""
+class GraphPasses:
+    """Runs passes over such a graph; ``uuid`` identifies to a compiler's cache what they do."""
 
-    passes: tuple[JointPass, ...]
+    passes: tuple[GraphPass, ...]
     report: Report
 
     def __call__(self, graph: fx.Graph) -> None:
         for one in self.passes:
             start = time.perf_counter()
-            step = Step(one.name, rewrites=one(graph))
+            step = Step(one.name)
+            step.rewrites = one(graph, step)
             graph.lint()
             step.seconds = time.perf_counter() - start
             self.report.steps.append(step)

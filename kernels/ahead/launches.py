@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftfx.kernels import fused
 from peftfx.kernels.devices import KNOWN
-from peftfx.kernels.fused import FORMS
 from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
 from peftfx.kernels.low_rank_linear.runner import Runner
+from peftfx.kernels.shrink import launch as shrink
+from peftfx.kernels.shrink.calls import Producer
 
 GROUP = (4096, 1024, 1024)
 CALLS = (
@@ -31,6 +32,16 @@ CALLS = (
     (Sizes(256), False),
     (Sizes(64), True),
     (Sizes(8, outs=GROUP), True),
+)
+SHRINKS = (
+    Producer(8192, ranks=(16, 16, 16), adds=True),
+    Producer(8192, ranks=(16, 16), centred=True),
+    Producer(8192, ranks=(64, 64), adds=True, centred=True),
+    Producer(8192, 14336, act="silu", gated=True),
+    Producer(8192, 14336, act="gelu"),
+    Producer(2048, 14336, act="silu", gated=True),
+    Producer(2048, 14336, (64,), act="gelu"),
+    Producer(2048, 14336, (64,), act="gelu_tanh", gated=True),
 )
 
 FUSED = ((8192, 64), (2048, 128), (64, 16))  # rows and inner widths (or ranks) of a 4096 wide op
@@ -50,6 +61,7 @@ class Launch:
         given = {p.name: self.arguments[p.name] for p in kinds if p.annotation == "tl.constexpr"}
         tile = "x".join(str(v) for k, v in given.items() if k.startswith("BLOCK"))
         flags = [k.lower() for k, v in given.items() if v is True]
+        flags += [given["ACT"]] if "ACT" in given else []
         sites = [f"sites={given['COUNT']}"] if given.get("COUNT", 1) > 1 else []
         run = [f"warps={self.arguments['num_warps']}", f"stages={self.arguments['num_stages']}"]
         short = self.kernel.fn.__name__.removeprefix("low_rank_linear_").removesuffix("_kernel")
@@ -73,17 +85,53 @@ class _Recorder(Runner):
 
 
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
-    """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
+    """The launches of what is listed above on a device of *target*, each kind of code once."""
     seen: set[str] = set()
-    calls = [_record(*call, target, dtype).found for call in CALLS]
-    calls += [_fused(*call, target, dtype).found for call in FUSED]
-    for launch in (*itertools.chain(*calls), *rows(dtype)):
-        if launch.name not in seen:
-            seen.add(launch.name)
-            yield launch
+    for run in _runs(target, dtype):
+        for launch in run.found:
+            if launch.name not in seen:
+                seen.add(launch.name)
+                yield launch
 
 
-def rows(dtype: torch.dtype) -> Iterator[Launch]:
+def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
+    """The tiles that those launches use, with the kernels' names."""
+    return {pair for run in _runs(target, dtype) for pair in run.used}
+
+
+def _runs(target: str, dtype: torch.dtype) -> Iterator[_Recorder]:
+    device = next(d for d in KNOWN.values() if d.target == target)
+
+    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    for sizes, descriptors in CALLS:
+        run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
+        operands = Operands.of(sizes, dtype, make)
+        _, s = operands.forward(run)
+        operands.backward(run, s)
+        yield run
+    for m, width in FUSED:
+        run = _Recorder(device, configs=shipped_config)
+        y, weight, one = make(m, 4096, dtype=dtype), make(4096, 4096, dtype=dtype), make(1)
+        inner = (make(width, 4096), make(width), make(4096, width), make(4096), one, "gelu")
+        calls: dict[str, tuple[Any, ...]] = {
+            "low_rank_norms": (weight, make(width, 4096), make(4096, width), one),
+            "bottleneck": (y, None, *inner),
+            "bottleneck_backward": (y, y, *inner, True, [True] * 3),
+        }
+        for name, args in calls.items():
+            if fused.FORMS[name].unsuited(*args) is None:
+                fused.FORMS[name].launch(run, *args)
+        yield run
+    for producer in SHRINKS:
+        run = _Recorder(device, configs=shipped_config)
+        shrink.FORMS[producer.op](run, *producer.arguments(dtype, make))
+        yield run
+    yield _Recorder(device, configs=shipped_config, found=list(_by_rows(dtype)))
+
+
+def _by_rows(dtype: torch.dtype) -> Iterator[Launch]:
     """Launches of the kernels that work by rows: of logits, and of a sparse weight."""
     from peftfx.kernels.linear_cross_entropy import triton as losses
     from peftfx.kernels.sparse_add import triton as sparse
@@ -106,45 +154,3 @@ def rows(dtype: torch.dtype) -> Iterator[Launch]:
     yield Launch(sparse.sparse_add_dot_kernel, sparse.dot_arguments(
         turned, turned, places, places, values
     ))  # fmt: skip
-
-
-def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
-    """The tiles that those launches use, with the kernels' names."""
-    return {pair for call in CALLS for pair in _record(*call, target, dtype).used}
-
-
-def _fused(rows: int, width: int, target: str, dtype: torch.dtype) -> _Recorder:
-    """The kernels of :mod:`peftfx.kernels.fused`."""
-    run = _recorder(target, True)
-
-    def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    y, weight, one = make(rows, 4096, dtype=dtype), make(4096, 4096, dtype=dtype), make(1)
-    inner = (make(width, 4096), make(width), make(4096, width), make(4096), one, "gelu")
-    calls = {
-        "low_rank_norms": (weight, make(width, 4096), make(4096, width), one),
-        "bottleneck": (y, None, *inner),
-        "bottleneck_backward": (y, y, *inner, True, [True] * 3),
-    }
-    for name, args in calls.items():
-        if FORMS[name].unsuited(*args) is None:
-            FORMS[name].launch(run, *args)
-    return run
-
-
-def _recorder(target: str, descriptors: bool) -> _Recorder:
-    device = next(d for d in KNOWN.values() if d.target == target)
-    return _Recorder(device, configs=shipped_config, descriptors=descriptors)
-
-
-def _record(sizes: Sizes, descriptors: bool, target: str, dtype: torch.dtype) -> _Recorder:
-    run = _recorder(target, descriptors)
-
-    def make(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    operands = Operands.of(sizes, dtype, make)
-    _, s = operands.forward(run)
-    operands.backward(run, s)
-    return run

@@ -25,7 +25,7 @@ FILE = Path(__file__).parent / "resources.json"
 KERNELS = (
     "low_rank_linear/triton.py", "low_rank_linear/factors/triton.py",
     "low_rank_linear/descriptors/triton.py", "philox/triton.py", "linear_cross_entropy/triton.py",
-    "sparse_add/triton.py", "low_rank_norms/triton.py", "bottleneck/triton.py",
+    "sparse_add/triton.py", "low_rank_norms/triton.py", "bottleneck/triton.py", "shrink/triton.py",
 )  # fmt: skip
 VARIANTS = (  # target:dtype, with /tf32 where fp32 products may be made so
     "sm_80:bfloat16", "sm_80:float32", "sm_80:float32/tf32",
@@ -62,9 +62,9 @@ def _order(version: str) -> list[int]:
 
 def sources() -> str:
     """Identifies the kernels' code and the calls that they are compiled for, comments left out."""
-    from peftfx.kernels.ahead.launches import CALLS, FUSED
+    from peftfx.kernels.ahead.launches import CALLS, FUSED, SHRINKS
 
-    found = hashlib.sha256(repr((CALLS, FUSED)).encode())
+    found = hashlib.sha256(repr((CALLS, FUSED, SHRINKS)).encode())
     for name in KERNELS:
         text = (FILE.parents[1] / name).read_text()
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

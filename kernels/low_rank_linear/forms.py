@@ -39,6 +39,15 @@ def _linear(
     return ys[0], s
 
 
+def _expand(
+    run: Runner, x: Tensor, S: Tensor, weights: Sequence[Tensor], *rest: Any
+) -> list[Tensor]:
+    biases, B, lora_biases, scales = rest
+    base = None if weights else x
+    ys, _ = forward(run, x, weights, biases, [], B, lora_biases, scales, base=base, S=S)
+    return ys
+
+
 def _backward(
     run: Runner, dy: Tensor, x: Tensor, S: Tensor, weight: Tensor | None, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,6 +61,7 @@ FORMS: dict[str, Callable[..., Any]] = {
     "low_rank_add": _add,
     "low_rank_linear": _linear,
     "low_rank_linear_group": forward,
+    "low_rank_expand": _expand,
     "low_rank_backward": _backward,
     "low_rank_group_backward": backward,
 }
@@ -84,6 +94,8 @@ def shape_of(name: str, args: Sequence[Any]) -> Shape:
         A, B = [a], [args[where[name][1] + 1]]
     elif name == "low_rank_linear_group":
         x, A, B, seed = args[0], args[3], args[4], None
+    elif name == "low_rank_expand":
+        x, A, B, seed = args[0], [b.t() for b in args[4]], args[4], None  # for A's ranks alone
     elif name == "low_rank_backward":
         x, A, B, seed = args[1], [args[4]], [args[5]], args[7]
     else:

@@ -47,16 +47,18 @@ def forward(
     scales: Sequence[Tensor],
     drop: Drop = KEEP,
     base: Tensor | None = None,
+    S: Tensor | None = None,
 ) -> tuple[list[Tensor], Tensor]:
     """Outputs of up to three sites on one x, and S; with *base* and no weights, that y plus one's.
 
-    One launch where few rows make it worth it, else two: S, then all outputs.
+    One launch where few rows make it worth it, else two: S, then all outputs. One where *S* is
+    given, which makes A needless.
     """
-    rows, ranks, weights = matrix(x), [a.shape[0] for a in A], alike(weights)
+    rows, ranks, weights = matrix(x), [b.shape[1] for b in B], alike(weights)
     outs, R = [b.shape[0] for b in B], sum(ranks)
-    M, K, count = rows.shape[0], rows.shape[1], len(A)
+    M, K, count = rows.shape[0], rows.shape[1], len(B)
     shape = Shape(dynamo.hint(M), K, sum(outs), R, x.dtype, count, drop.seed is not None)
-    s = x.new_empty((*x.shape[:-1], R))
+    s = x.new_empty((*x.shape[:-1], R)) if S is None else matrix(S)
     ys = [x.new_empty((*x.shape[:-1], n)) for n in outs]
     shifts = [
         shift(b, low, scale, x.dtype)
@@ -66,11 +68,11 @@ def forward(
     filled = [x.new_zeros(n, dtype=torch.float32) if b is None else b
               for b, n in zip(shifts, outs)] if has_bias else [s] * count  # fmt: skip
     common: dict[str, Any] = {
-        "M": M, "K": K, "s_row": R, "BLOCK_R": block_r(ranks, STEP_R), "HAS_BIAS": has_bias,
-        "PRECISION": precision(x.dtype, run.device),
+        "M": M, "K": K, "s_row": R if S is None else s.stride(0), "HAS_BIAS": has_bias,
+        "BLOCK_R": block_r(ranks, STEP_R), "PRECISION": precision(x.dtype, run.device),
     }  # fmt: skip
-    few = base is None and one_launch(shape, ranks)
-    if not few:
+    few = base is None and S is None and one_launch(shape, ranks)
+    if not few and S is None:
         _s(run, rows, joined(A, x.dtype), s, shape, drop)
     B = [b.contiguous() for b in B]
     if base is None and not few and run.describes("fwd", [rows, *weights], shape, outs):

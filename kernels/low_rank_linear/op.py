@@ -31,6 +31,8 @@ SCHEMAS = {
     "low_rank_linear": f"(Tensor x, Tensor weight, Tensor? bias, {_LOW_RANK}) -> (Tensor, Tensor)",
     "low_rank_linear_group": "(Tensor x, Tensor[] weights, Tensor?[] biases, Tensor[] A,"
     " Tensor[] B, Tensor?[] lora_biases, Tensor[] scales) -> (Tensor[], Tensor)",
+    "low_rank_expand": "(Tensor x, Tensor S, Tensor[] weights, Tensor?[] biases, Tensor[] B,"
+    " Tensor?[] lora_biases, Tensor[] scales) -> Tensor[]",
     "low_rank_backward": "(Tensor dy, Tensor x, Tensor S, Tensor? weight, Tensor A, Tensor B,"
     " Tensor scale, Tensor? seed, float p, int site, bool[] mask)"
     " -> (Tensor, Tensor, Tensor)",
@@ -97,16 +99,30 @@ def low_rank_linear_group(
 ) -> tuple[list[Tensor], Tensor]:
     """The outputs of linears that share x, and their S joined along the last axis."""
     S = F.linear(x, torch.cat([a.to(x.dtype) for a in A]))  # one skinny product for all
+    return low_rank_expand(x, S, weights, biases, B, lora_biases, scales), S
+
+
+def low_rank_expand(
+    x: Tensor,
+    S: Tensor,
+    weights: list[Tensor],
+    biases: list[Tensor | None],
+    B: list[Tensor],
+    lora_biases: list[Tensor | None],
+    scales: list[Tensor],
+) -> list[Tensor]:
+    """The outputs of sites whose S is there already (:mod:`peftfx.kernels.shrink`).
+
+    Without weights *x* is the y [..., N] of one site, which the update is added to.
+    """
     ys = []
-    parts = S.split([a.shape[0] for a in A], dim=-1)
-    for w, b, part, up, shift, s in zip(
-        weights, biases, parts, B, lora_biases, scales, strict=True
-    ):
+    parts = S.split([b.shape[1] for b in B], dim=-1)
+    for i, (part, up, shift, s) in enumerate(zip(parts, B, lora_biases, scales, strict=True)):
         update = F.linear(part * s.to(x.dtype), up.to(x.dtype))
         if shift is not None:
             update = update + (shift * s).to(x.dtype)
-        ys.append(F.linear(x, w, b) + update)
-    return ys, S
+        ys.append((F.linear(x, weights[i], biases[i]) if weights else x) + update)
+    return ys
 
 
 def low_rank_backward(
@@ -184,6 +200,7 @@ DEFINITIONS: dict[str, Any] = {
     "low_rank_add": low_rank_add,
     "low_rank_linear": low_rank_linear,
     "low_rank_linear_group": low_rank_linear_group,
+    "low_rank_expand": low_rank_expand,
     "low_rank_backward": low_rank_backward,
     "low_rank_group_backward": low_rank_group_backward,
 }
@@ -213,6 +230,12 @@ def _fake_group(
     return ys, x.new_empty((*rows, sum(a.shape[0] for a in A)))
 
 
+def _fake_expand(x: Tensor, S: Tensor, weights: list[Tensor], *rest: Any) -> list[Tensor]:
+    if not weights:
+        return [torch.empty_like(x)]
+    return [x.new_empty((*x.shape[:-1], w.shape[0])) for w in weights]
+
+
 def _fake_backward(
     dy: Tensor, x: Tensor, S: Tensor, weight: Tensor | None, A: Tensor, B: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,6 +259,7 @@ for _name, _fake in (
     ("low_rank_add", _fake_add),
     ("low_rank_linear", _fake_linear),
     ("low_rank_linear_group", _fake_group),
+    ("low_rank_expand", _fake_expand),
     ("low_rank_backward", _fake_backward),
     ("low_rank_group_backward", _fake_group_backward),
 ):

@@ -17,10 +17,12 @@ from peftfx.kernels.linear_cross_entropy import op as losses
 from peftfx.kernels.low_rank_linear import op as low_rank
 from peftfx.kernels.philox import op as philox
 from peftfx.kernels.prefix_attention import op as prefix
+from peftfx.kernels.shrink import op as producers
 from peftfx.kernels.sparse_add import op as sparse
 from peftfx.passes.claims import fused
 from peftfx.passes.claims.kernels import Compiled, Kept, Triton
 from peftfx.passes.claims.library import Accumulate, Folded
+from peftfx.passes.claims.shrink import Shrink
 
 
 class Claim(Protocol):
@@ -49,14 +51,17 @@ class Definition:
 
     name: str = "definition"
     ops: tuple[str, ...] = (
-        *low_rank.DEFINITIONS, *prefix.DEFINITIONS, *fused.DEFINITIONS, "dropout",
+        *low_rank.DEFINITIONS, *prefix.DEFINITIONS, *fused.DEFINITIONS, *producers.DEFINITIONS,
+        "dropout",
     )  # fmt: skip
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
         return None
 
     def emit(self, op: str, *args: Any) -> Any:
-        tables = (low_rank.DEFINITIONS, prefix.DEFINITIONS, fused.DEFINITIONS)
+        tables = (
+            low_rank.DEFINITIONS, prefix.DEFINITIONS, fused.DEFINITIONS, producers.DEFINITIONS,
+        )  # fmt: skip
         return next((t[op] for t in tables if op in t), philox.dropout)(*args)
 
 
@@ -88,7 +93,7 @@ KEPT = (
     Kept("sparse products", tuple(sparse.SCHEMAS)),
 )
 CLAIMS: tuple[Claim, ...] = (
-    Compiled(), Triton(), Triton("opaque"), fused.Fused(), Accumulate(), Folded(),
+    Compiled(), Triton(), Triton("opaque"), fused.Fused(), Shrink(), Accumulate(), Folded(),
     *KEPT, Definition(),
 )  # fmt: skip
 INDUCTOR_CLAIMS: tuple[Claim, ...] = (Compiled(), InductorRandom(), *CLAIMS[1:])

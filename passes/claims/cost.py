@@ -23,8 +23,9 @@ from peftfx.kernels.low_rank_linear.forms import FORMS as OPS
 from peftfx.kernels.low_rank_linear.forms import shape_of, tensors
 from peftfx.kernels.low_rank_linear.runner import FEW, MOST_R
 
-FORMS = ("triton", "opaque", "accumulate", "folded", "definition")
+FORMS = ("triton", "opaque", "accumulate", "folded", "definition", "absorbed")
 BACKWARD = ("low_rank_backward", "low_rank_group_backward")
+EXPAND = "low_rank_expand"  # the forward of sites whose S is there already
 
 
 @dataclass(frozen=True)
@@ -118,12 +119,14 @@ class Call:
     @classmethod
     def of(cls, op: str, args: Sequence[Any]) -> Call:
         shape = shape_of(op, args)
-        at = {"low_rank_add": 2, "low_rank_linear": 3, "low_rank_linear_group": 3}.get(op, 4)
-        A, B = (x if isinstance(x, (list, tuple)) else [x] for x in args[at : at + 2])
+        at = {"low_rank_add": 3, "low_rank_linear": 4, "low_rank_linear_group": 4, EXPAND: 4}
+        given = args[at.get(op, 5)]
+        B = given if isinstance(given, (list, tuple)) else [given]
         weight = {"low_rank_add": None, "low_rank_backward": args[3]}.get(op, True)
+        weight = weight if op != EXPAND else args[2] or None
         return cls(
-            op, shape, tuple(int(b.shape[0]) for b in B), tuple(int(a.shape[0]) for a in A),
-            weight is not None, A[0].element_size(),
+            op, shape, tuple(int(b.shape[0]) for b in B), tuple(int(b.shape[1]) for b in B),
+            weight is not None, B[0].element_size(),
         )  # fmt: skip
 
     @property
@@ -135,7 +138,7 @@ class Call:
     def few(self) -> bool:
         """Whether the kernels take it in one launch."""
         enough = self.shape.m <= FEW and max(self.ranks) <= MOST_R and not self.shape.drops
-        return enough and self.has_weight and self.op not in BACKWARD
+        return enough and self.has_weight and self.op not in (*BACKWARD, EXPAND)
 
 
 def least(call: Call) -> Price:
@@ -149,6 +152,9 @@ def least(call: Call) -> Price:
     if call.op in BACKWARD:  # reads dY, x, S, W, A, B; writes dX, dA, dB
         flops = wide + 2 * s.m * (2 * s.r * s.k + 2 * low)
         return Price(flops, (s.m * (s.n + 2 * s.k + s.r)) * e + weights + 2 * factors)
+    if call.op == EXPAND:
+        flops, factors = wide + 2 * s.m * low, low * call.factor_bytes
+        return Price(flops, s.m * (s.n + s.k + s.r) * e + weights + factors)
     more = 0 if call.has_weight else s.m * s.n * e  # the y that is added to
     flops = wide + 2 * s.m * (s.r * s.k + low)
     return Price(flops, (s.m * (s.n + s.k + s.r)) * e + weights + factors + more)
@@ -170,7 +176,7 @@ def prices(call: Call, device: Device) -> dict[str, Price]:
         wide = call.shape.dtype.itemsize == 4
         efficiency = rates.triton_fp32 if wide else rates.triton
         found["triton"] = _price(call, _triton(call, device), rates, efficiency)
-    elif call.has_weight:
+    elif call.has_weight and call.op != EXPAND:
         found["folded"] = _price(call, _folded(call), rates)
     return found
 
@@ -220,7 +226,8 @@ def _triton(call: Call, device: Device) -> list[Part]:
             wide + 2 * s.m * low, (s.m * (s.n + s.k + s.r)) * e + weights + b
             if call.has_weight else (s.m * (2 * s.n + s.r)) * e + b,
         )  # fmt: skip
-        return [Part(2 * s.m * s.r * s.k, s.m * (s.k + s.r) * e + a), product]
+        thin = Part(2 * s.m * s.r * s.k, s.m * (s.k + s.r) * e + a)
+        return [product] if call.op == EXPAND else [thin, product]
     tiles = sum(-(-n // 128) for n in call.outs)
     planes_s = tiles * s.m * max(call.ranks) * 4
     parts = max(1, -(-2 * device.processors // tiles))
@@ -244,6 +251,7 @@ def _library(call: Call, in_place: bool) -> list[Part]:
     down, thin, wide = _down(call), _thin(call), _wide(call)
     forward = call.op not in BACKWARD
     parts = [down, *thin] if forward else [*thin, *thin, down, down]  # dS and dB; dA and dS·A
+    parts = thin if call.op == EXPAND else parts
     sums = [s.m * (n if forward else s.k) * e for n in call.outs]
     if in_place:
         parts += [Part(p.flops, p.bytes + size) for p, size in zip(wide, sums, strict=True)]

@@ -53,19 +53,20 @@ def _unsuited(op: str, args: Sequence[Any]) -> str | None:
     dtype = args[0].dtype if isinstance(args[0], Tensor) else args[0][0].dtype
     if dtype not in DTYPES:
         return f"there is no kernel for {dtype}"
-    if op.endswith(("group", "group_backward")):
+    if op.endswith(("group", "expand", "group_backward")):
         lists = [a for a in args if isinstance(a, (list, tuple)) and len(a) and _all_tensors(a)]
         if len(lists[0]) > SITES:
             return f"{len(lists[0])} sites share x, one launch joins {SITES}"
         for values in lists:
             if len({t.dtype for t in values}) > 1:
                 return "sites of one launch differ in dtype"
-        weights = args[1] if op == "low_rank_linear_group" else args[3]
+        weights = args[{"low_rank_linear_group": 1, "low_rank_expand": 2}.get(op, 3)]
         if any(w.dtype != dtype for w in weights):
             return f"a weight is not {dtype}, as the input is"
         if len({w.stride() for w in weights}) > 1:
             return "weights of one launch differ in strides"
-    elif op == "low_rank_add" and not args[0].is_contiguous():
+    alone = op == "low_rank_add" or (op == "low_rank_expand" and not args[2])
+    if alone and not args[0].is_contiguous():
         return "the y that is added to is not contiguous"
     weight = {"low_rank_linear": 1, "low_rank_backward": 3}.get(op)
     if weight is not None and args[weight] is not None and args[weight].dtype != dtype:

@@ -15,6 +15,7 @@ from peftfx.kernels.low_rank_linear import op as low_rank
 OPS = (
     "low_rank_linear", "low_rank_linear_group", "low_rank_backward", "low_rank_group_backward",
 )  # fmt: skip
+EXPAND = "low_rank_expand"
 
 
 def _seed(op: str, args: Sequence[Any]) -> Any:
@@ -33,13 +34,18 @@ class Accumulate:
     """
 
     name: str = "accumulate"
-    ops: tuple[str, ...] = OPS
+    ops: tuple[str, ...] = (*OPS, EXPAND)
 
     def check(self, op: str, args: Sequence[Any]) -> str | None:
-        return "no weight is seen" if op == "low_rank_backward" and args[3] is None else None
+        weight = {"low_rank_backward": 3, EXPAND: 2}.get(op)
+        return "no weight is seen" if weight is not None and not _there(args[weight]) else None
 
     def emit(self, op: str, *args: Any) -> Any:
         return _ACCUMULATED[op](*args)
+
+
+def _there(weight: Tensor | Sequence[Tensor] | None) -> bool:
+    return isinstance(weight, Tensor) or bool(weight)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -80,18 +86,30 @@ def _group(
     p: float = 0.0,
     site: int = 0,
 ) -> tuple[list[Tensor], Tensor]:
-    dtype, rows = x.dtype, _rows(x)  # [M, K]
-    S = _rows(low_rank.dropped(x, seed, p, site)) @ _joined(A, dtype).t()  # [M, ΣR]
-    ys = []
+    S = _rows(low_rank.dropped(x, seed, p, site)) @ _joined(A, x.dtype).t()  # [M, ΣR]
+    ys = _expand(x, S, weights, biases, B, lora_biases, scales)
+    return ys, S.reshape(*x.shape[:-1], S.shape[1])
+
+
+def _expand(
+    x: Tensor,
+    S: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    B: Sequence[Tensor],
+    lora_biases: Sequence[Tensor | None],
+    scales: Sequence[Tensor],
+) -> list[Tensor]:
+    dtype, rows, ys = x.dtype, _rows(x), []  # [M, K]
     for w, bias, low, up, extra, scale in zip(
-        weights, biases, S.split([a.shape[0] for a in A], dim=1), B, lora_biases, scales,
+        weights, biases, _rows(S).split([b.shape[1] for b in B], dim=1), B, lora_biases, scales,
         strict=True,
     ):  # fmt: skip
         shift = _shift(bias, extra, scale)
         thin = low, _scaled(up, scale, dtype).t()
         y = _sum(thin, [(rows, w.t())], None if shift is None else shift.to(dtype))
         ys.append(y.reshape(*x.shape[:-1], w.shape[0]))
-    return ys, S.reshape(*x.shape[:-1], S.shape[1])
+    return ys
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -162,6 +180,7 @@ def _backward(
 _ACCUMULATED: dict[str, Callable[..., Any]] = {
     "low_rank_linear": _linear,
     "low_rank_linear_group": _group,
+    EXPAND: _expand,
     "low_rank_backward": _backward,
     "low_rank_group_backward": _group_backward,
 }

@@ -83,7 +83,7 @@ def bisect(
 ) -> None:
     """Find the optional pass that makes COMMAND fail, by running it with passes skipped."""
     from peftfx import engine
-    from peftfx.passes import JOINT, PIPELINE
+    from peftfx.passes import JOINT, PARTS, PIPELINE
 
     def works(skip: frozenset[str]) -> bool:
         environment = {**os.environ, "PEFTFX_SKIP": ",".join(sorted(skip))}
@@ -92,7 +92,7 @@ def bisect(
         console.print(f"{without}: exit status {code}")
         return code == 0
 
-    culprit = engine.bisect(works, (*PIPELINE, *JOINT))
+    culprit = engine.bisect(works, (*PIPELINE, *JOINT, *PARTS))
     if culprit is None:
         console.print("no pass by itself: it fails without them too, or with none of them skipped")
         raise typer.Exit(1)

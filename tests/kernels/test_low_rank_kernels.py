@@ -173,6 +173,7 @@ def arguments(case: Case) -> dict[str, tuple[Any, ...]]:
         "low_rank_add": (y, x, a, c, None, s, *drop),
         "low_rank_linear": (x, w, g["biases"][0], a, c, None, s, *drop),
         "low_rank_linear_group": (x, [w, v], g["biases"], [a, b], [c, e], low, g["scales"]),
+        "low_rank_expand": (x, both, [w, v], g["biases"], [c, e], low, g["scales"]),
         "low_rank_backward": (y, x, S, w, a, c, s, *drop, mask),
         "low_rank_group_backward": (
             [y, other], x, both, [w, v], [a, b], [c, e], g["scales"], mask,

@@ -15,7 +15,7 @@ import peftfx
 from peftfx import engine
 from peftfx.backends import Backend
 from peftfx.errors import BindError, GraphError, NotAdaptedError, SpecError
-from peftfx.passes import JOINT, PIPELINE
+from peftfx.passes import JOINT, PARTS, PIPELINE
 from tests.helpers import fill, relative
 
 SPEC: dict[str, Any] = {
@@ -63,6 +63,7 @@ def counts(backend: Backend) -> dict[str, int]:
 def test_pipeline_reads_top_to_bottom() -> None:
     names = ["freeze", "attend", "insert", "fuse", "chunk", "group", "clean"]
     assert [p.name for p in PIPELINE] == names and [p.name for p in JOINT] == ["recompute"]
+    assert [p.name for p in PARTS] == ["absorb"]
     backend, model, out = compiled()
     assert counts(backend) == dict(zip(names, (0, 0, 6, 4, 0, 1, 0), strict=True))
     assert relative(out, model(IDS)) < 1e-5

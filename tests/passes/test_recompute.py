@@ -38,7 +38,7 @@ def llama() -> nn.Module:
 class Kept:
     """A compiler that runs nothing but counts what the forward hands to the backward, in bytes."""
 
-    def __init__(self, joint: engine.Joint | None) -> None:
+    def __init__(self, joint: engine.GraphPasses | None) -> None:
         self.joint, self.bytes = joint, 0
 
     def __call__(self, gm: Any, inputs: Any, **options: Any) -> Any:
@@ -76,7 +76,7 @@ def kept(model: nn.Module, compiler: Any) -> float:
     return counter.bytes / 2 / WIDTH / TOKENS / LAYERS
 
 
-def ours(joint: engine.Joint | None) -> float:
+def ours(joint: engine.GraphPasses | None) -> float:
     model = llama()
     spec = {"rules": [{"method": "lora", "name": [f"*.{s}" for s in SITES], "rank": RANK}]}
     backend = peftfx.backend(spec, lower=Kept(joint))
@@ -91,7 +91,7 @@ def test_near_the_floor() -> None:
     torch._dynamo.reset()
     without = ours(None)
     torch._dynamo.reset()
-    found = ours(engine.Joint(JOINT, engine.Report()))
+    found = ours(engine.GraphPasses(JOINT, engine.Report()))
     assert FLOOR <= found <= 1.15 * FLOOR
     assert found < 0.7 * without and found < 0.9 * theirs
 
