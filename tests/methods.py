@@ -148,11 +148,15 @@ def start_of(spec: Any) -> float:
 
 def merges(spec: Any) -> bool:
     """Whether all methods of a spec can be merged, with the options that it gives them."""
-    return not any(
-        row.method == rule["method"] and all(rule.get(k) == v for k, v in row.options.items())
+    ever = {row.method for row in ROWS if row.merges}
+    return all(
+        rule["method"] in ever
+        and not any(
+            row.method == rule["method"] and all(rule.get(k) == v for k, v in row.options.items())
+            for row in ROWS
+            if not row.merges
+        )
         for rule in spec["rules"]
-        for row in ROWS
-        if not row.merges
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.backends import Backend
 from tests.architectures import Architecture, by_name
+from tests.architectures.blocks import BLOCKS
 from tests.helpers import fill, output, relative
 
 SHOWN = ("bert", "llama", "gpt2", "t5", "vit", "bart", "whisper", "qwen3", "modernbert", "phi3")
@@ -41,6 +42,12 @@ def reft(y: Tensor, p: P) -> Tensor:
     return y + (y @ p["source"].T + p["bias"] - y @ rows.T) @ rows
 
 
+def globs_of(arch: Architecture, roles: tuple[str, ...]) -> list[str]:
+    """The modules that the tables say have one of *roles*."""
+    told = {**arch.outputs, "block": BLOCKS[arch.name]}
+    return [g for role in roles for g in told.get(role, ())]
+
+
 Formula = Callable[[Tensor, P], Tensor]
 METHODS: dict[str, tuple[Formula, tuple[str, ...], dict[str, Any]]] = {
     "bottleneck": (bottleneck, BEHIND, {"size": 5, "scale": 0.5, "activation": "silu"}),
@@ -51,7 +58,7 @@ CASES = [
     pytest.param(method, name, marks=[] if name == "bert" else [pytest.mark.sweep])
     for method, (_, roles, _) in METHODS.items()
     for name in SHOWN
-    if set(roles) & set(by_name(name).outputs)
+    if globs_of(by_name(name), roles)
 ]
 
 
@@ -61,7 +68,7 @@ def test_there_are_eight_of_each() -> None:
 
 
 def places(arch: Architecture, model: nn.Module, roles: tuple[str, ...]) -> set[str]:
-    globs = [g for role in roles for g in arch.outputs.get(role, ())]
+    globs = globs_of(arch, roles)
     return {n for n, _ in model.named_modules() if any(fnmatchcase(n, g) for g in globs)}
 
 
@@ -85,7 +92,7 @@ def test_equals_the_formula(method: str, name: str) -> None:
     formula, roles, options = METHODS[method]
     arch = by_name(name)
     base, x = arch.build().requires_grad_(False), arch.example()
-    asked = [r for r in roles if r in arch.outputs]
+    asked = [r for r in roles if globs_of(arch, (r,))]
     model = copy.deepcopy(base)
     backend = Backend({"rules": [{"method": method, "role": asked, **options}]}, "aot_eager")
     backend.bind(model, x)
