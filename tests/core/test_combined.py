@@ -36,7 +36,10 @@ COMBINED: dict[str, dict[tuple[str, int | None], int]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", COMBINED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if n in ("s4", "ladder") else []) for n in COMBINED],
+)
 def test_examples(name: str, tmp_path: Path) -> None:
     """Each acts where its paper says, in one graph, with the marks' gradients; it learns."""
     arch = by_name("bert")

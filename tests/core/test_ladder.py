@@ -137,6 +137,7 @@ def test_no_backward_through_the_base(how: str) -> None:
     alike(gradients(model, out), want)
 
 
+@pytest.mark.slow
 def test_checkpoints() -> None:
     """HF's are inside of the marks: with them it runs eagerly too, of either kind."""
     base = llama()
