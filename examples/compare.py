@@ -32,7 +32,8 @@ FAMILIES = {
     "reparametrised": ("lora", "dora", "ia3"),
     "additive": ("prompt", "prefix", "bottleneck"),
     "sparse": ("sparse_magnitude", "sparse_fisher"),
-    "combined": ("lora_bitfit", "mam"),
+    "combined": ("lora_bitfit", "mam", "unipelt", "s4", "sparse_adapter"),
+    "side network": ("ladder",),
 }
 FROZEN = "frozen"  # a spec by which next to nothing trains: the denominator of times
 MEASURES = ("accuracy", "shift", "recall", "mrr")

@@ -51,15 +51,16 @@ class Attend:
         return len(marks)
 
     def _answer(self, gm: fx.GraphModule, call: fx.Node, mark: fx.Node, context: Context) -> None:
-        _, _, tensors, _, key, _ = arguments(mark)
+        _, x, tensors, _, key, _ = arguments(mark)
         decoded = decode(key)
         given = attention.operands(call.args, call.kwargs)
         known = {name: _value(v) for name, v in given.items()}
         recorder = Recorder(gm.graph, self.name, context.provenance(mark))
         with gm.graph.inserting_before(call):
-            front: Any = decoded.front(recorder.wrap(list(tensors)))
-            attention.check(known, tuple(_value(f.node) for f in front), decoded.attrs)
-            why = attention.why_joined(known)
+            front: Any = decoded.front(recorder.wrap(x), recorder.wrap(list(tensors)))
+            values: Any = tuple(None if f is None else _value(f.node) for f in front)
+            attention.check(known, values, decoded.attrs)
+            why = attention.why_joined(known, values)
             bias = None
             if decoded.attrs.get("relative"):
                 bias = _Distances(recorder, front[0].shape[1]).columns(given["attn_mask"])

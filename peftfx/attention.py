@@ -33,7 +33,7 @@ _SCOPE = "_peftfx_scope"
 _MOVED = "_peftfx_moved"
 _PLAIN = "_peftfx_plain_table"
 
-Front = tuple[Any, Any]  # keys [N, P, D] and values
+Front = tuple[Any, Any, Any]  # keys [N, P, D], values, and a gate [B, S or 1, 1] or None
 
 
 # -- one attention call ----------------------------------------------------------------------------
@@ -61,6 +61,11 @@ def check(given: Mapping[str, Any], front: Front, attrs: Mapping[str, Any]) -> N
         )
     if mask is not None and mask.shape[-1] != k.shape[2]:
         raise NotAdaptedError(f"a mask of {mask.shape[-1]} columns over {k.shape[2]} keys")
+    gate = front[2]
+    if gate is not None and (gate.ndim != 3 or gate.shape[1] not in (1, q.shape[2])):
+        raise NotAdaptedError(
+            f"a prefix's gate {tuple(gate.shape)} does not go with queries {tuple(q.shape)}"
+        )
     window = attrs.get("window")
     if window and k.shape[2] + keys.shape[1] > window:
         raise NotAdaptedError(
@@ -78,18 +83,22 @@ def answer(given: Mapping[str, Any], front: Front, bias: Any, width: int, why: s
         why: None for the merged form, or the reason for the joined one.
     """
     q, k, v, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    keys, values, gate = front
     scale = given["scale"] if given["scale"] is not None else width**-0.5
     causal = bool(given["is_causal"])
     if why is not None:
-        return op.joined(q, k, v, *front, mask, bias, causal, scale, given["dropout_p"])
+        dropout = given["dropout_p"]
+        return op.joined(q, k, v, keys, values, mask, bias, causal, scale, dropout, gate)
     return torch.ops.peftfx.prefix_attention.default(
-        q, k, v, *front, mask, bias, causal, scale
-    )[0]  # fmt: skip
+        q, k, v, keys, values, mask, bias, causal, scale
+    )[0]
 
 
-def why_joined(given: Mapping[str, Any]) -> str | None:
+def why_joined(given: Mapping[str, Any], front: Front) -> str | None:
     """The reason for the joined form, None where the merged one is taken; of tensors."""
     q, k, v, mask = (given[n] for n in ("query", "key", "value", "attn_mask"))
+    if front[2] is not None:
+        return "the prefix has a gate"
     return op.why_joined(q, k, v, mask, bool(given["is_causal"]), float(given["dropout_p"]))
 
 
@@ -101,7 +110,7 @@ class _Run:
     """One run of a module that attends: the marks that fired and reached no call yet."""
 
     mode: TorchFunctionMode
-    waiting: list[Any] = field(default_factory=list)
+    waiting: list[tuple[Any, Tensor]] = field(default_factory=list)  # and what queries are of
 
 
 class _Runs(threading.local):
@@ -120,7 +129,7 @@ class _Attending(TorchFunctionMode):
             return func(*args, **kwargs)
         if len(run.waiting) > 1:
             raise NotAdaptedError("several queries are made before the first attention call")
-        entry = run.waiting.pop()
+        entry, x = run.waiting.pop()
         key = decode(entry.key)
         if key.attrs.get("relative"):
             raise NotAdaptedError(
@@ -130,14 +139,19 @@ class _Attending(TorchFunctionMode):
                 remedy="compile the model with backend=peftfx.backend(spec)",
             )
         given = operands(args, kwargs)
-        front = key.front([getattr(entry, name) for name in entry.names])
+        front = key.front(x, [getattr(entry, name) for name in entry.names])
         check(given, front, key.attrs)
-        why = "torch.func takes no part in ops" if dynamo.transforming() else why_joined(given)
+        why = why_joined(given, front)
+        if dynamo.transforming():
+            why = "torch.func takes no part in ops"
         return answer(given, front, None, given["query"].shape[-1], why)
 
 
-def arm(entry: Any) -> None:
-    """A mark fires without Dynamo: the next attention call of its scope is answered with it."""
+def arm(entry: Any, x: Tensor) -> None:
+    """A mark fires without Dynamo: the next attention call of its scope is answered with it.
+
+    Queries are made of *x* ``[B, S, K]``.
+    """
     if decode(entry.key).strict:
         raise NotAdaptedError(
             "the spec says `strict: true`, and this run goes around the backend",
@@ -156,7 +170,7 @@ def arm(entry: Any) -> None:
             site=entry.site,
             remedy="call the model, not a part of its attention",
         )
-    _runs.open[-1].waiting.append(entry)
+    _runs.open[-1].waiting.append((entry, x))
 
 
 def enter(module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -177,7 +191,7 @@ def leave(module: nn.Module, args: Any, kwargs: Any, y: Any) -> None:
     if run.waiting and y is not None:
         raise NotAdaptedError(
             "the queries went to no attention call that is known",
-            site=run.waiting[0].site,
+            site=run.waiting[0][0].site,
             remedy="an HF model takes attn_implementation='sdpa'",
         )
 

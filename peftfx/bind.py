@@ -186,6 +186,11 @@ def forms(plan: Plan, traced: Trace) -> dict[Place, Acts]:
         if site.kind == OUTPUT:
             if not traced.called[site.module]:
                 raise BindError("this module is never called", site=site.name)
+            if site.rung is not None and traced.called[site.module] > 1:
+                raise BindError(
+                    f"{p.method.name} gathers what modules give, and this one runs several times",
+                    site=site.name,
+                )
             continue
         readers = set(traced.users.get(site.name, ()))
         if site.caller in readers:  # by itself; written out, it calls the module

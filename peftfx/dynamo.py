@@ -164,6 +164,11 @@ def effects_in_checkpoints() -> Iterator[None]:
         yield
 
 
+def allow_effects_in_checkpoints() -> None:
+    """The same from now on, process-wide: hooks in checkpointed parts of a model have some."""
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+
+
 class GraphPass(Protocol):
     """A change of a graph of AOTAutograd's, and what identifies it to a compiler's cache."""
 

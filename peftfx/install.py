@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from peftfx import attention, multihead, places, sequence, slots
+from peftfx import attention, multihead, places, rungs, sequence, slots
 from peftfx.binding import (
     Binding,
     Tensors,
@@ -202,6 +202,8 @@ def _install(model: nn.Module, binding: Binding, weights: Mapping[str, float]) -
                     tensors[name] = tensor.to(device)
             entry.fill(method, tensors, p.params if single else (), method.reads_at(p.site))
         binding.installed.append((p, method))
+    marked = [p for p, _ in binding.installed if p.method.acts != "parameter"]
+    rungs.join([(p, entry_of(model, p)) for p in marked])
     set_keys(model, binding)
     own_all(model, binding)
 

@@ -22,6 +22,7 @@ from peftfx.errors import NotAdaptedError, PlanError
 from peftfx.kernels.definition import Defined
 from peftfx.methods.method import OF_BASE, Acts, Method, decode
 from peftfx.places import Places
+from peftfx.rungs import Rungs
 from peftfx.sequence import State
 from peftfx.site import SLOT, Site
 
@@ -54,6 +55,8 @@ class Entry(nn.Module):
         self.state = State()  # of the call at hand, for acts `tokens`
         self.positional = False  # whether the method asks which tokens are which
         self.places = Places()  # which they are
+        self.rung: tuple[int, int] | None = None  # which of how many sites that act as one
+        self.rungs = Rungs()  # what they gave
 
     def fill(
         self,
@@ -171,14 +174,20 @@ def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: A
     for entry in slot._modules.values():
         if not entry.key or entry.acts not in ("output", "tokens", "attention"):
             continue
+        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         if entry.acts == "attention" and not torch.compiler.is_dynamo_compiling():
-            attention.arm(entry)
+            attention.arm(entry, x)
             continue
         state = entry.places.state if entry.positional else ""
         if entry.acts == "tokens":
             state = _STATES[entry.state.now]
         given = _given(entry, args, kwargs) if entry.inputs else _NONE
-        x = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
+        if entry.rung is not None:
+            number, of = entry.rung
+            if number + 1 < of:
+                entry.rungs.add(number, y[0] if type(y) is tuple else y)
+                continue
+            given = entry.rungs.take(number)
         if type(y) is tuple:  # an attention that gives its probabilities too
             y = (fire(module, entry, y[0], x, state, given), *y[1:])
         else:

@@ -286,7 +286,25 @@ def _over(placed: list[Placement]) -> list[Placement]:
     for p in placed:
         sites.setdefault(p.method, []).append(p.site)
     told = {method: method.over(where) for method, where in sites.items()}
-    return [replace(p, method=told[p.method]) for p in placed]
+    placed = [replace(p, method=told[p.method]) for p in placed]
+    return _gathered(placed) if placed[0].method.gathers else placed
+
+
+def _gathered(placed: list[Placement]) -> list[Placement]:
+    """The placements of a rule that gathers, each told its place in their order."""
+    stacks = {p.site.module.rpartition(".")[0] for p in placed}
+    if len(stacks) > 1 or len({p.method for p in placed}) > 1:
+        raise PlanError(
+            f"{placed[0].method.name} is one over all its sites, and these have several options or "
+            f"are in several stacks ({', '.join(sorted(stacks))})",
+            where=placed[0].where,
+            remedy="give it a rule for each: `stack: decoder`, `name: …`",
+        )
+    ordered = sorted(placed, key=lambda p: p.site.layer or 0)
+    return [
+        replace(p, site=replace(p.site, attrs={**p.site.attrs, "rung": (i, len(ordered))}))
+        for i, p in enumerate(ordered)
+    ]
 
 
 def _refused(rule: Rule, method: Method, site: Site) -> str | None:

@@ -104,6 +104,12 @@ class Site:
         return tuple(shape)
 
     @property
+    def rung(self) -> tuple[int, int] | None:
+        """Which it is, from 0, of how many that a rule gathers; None where it gathers none."""
+        at = self.attrs.get("rung")
+        return None if at is None else (at[0], at[1])
+
+    @property
     def axes(self) -> tuple[int, int]:
         """The parameter's axes of output and of input features; rows of a table are its input.
 

@@ -12,10 +12,12 @@ Targets = list[str]
 
 # Sites for rules that do not act at linears, by architecture
 EMBEDDINGS = {"llama": "embed_tokens", "bert": "word_embeddings", "gpt2": "wte", "t5": "shared",
-              "mamba": "embeddings"}  # fmt: skip
+              "mamba": "embeddings", "qwen3": "embed_tokens", "phi3": "embed_tokens",
+              "electra": "word_embeddings"}  # fmt: skip
 NORMS = {"llama": ["input_layernorm", "norm"], "bert": ["LayerNorm"], "gpt2": ["ln_1", "ln_f"],
          "t5": ["layer_norm"], "vit": ["layernorm_before", "layernorm"],
-         "whisper": ["self_attn_layer_norm", "layer_norm"]}  # fmt: skip
+         "whisper": ["self_attn_layer_norm", "layer_norm"], "qwen3": ["input_layernorm", "norm"],
+         "phi3": ["post_attention_layernorm"]}  # fmt: skip
 LINEARS = ("llama", "bert", "t5", "vit", "whisper", "mixtral", "albert", "phi3")
 
 
@@ -66,6 +68,9 @@ ROWS: tuple[Row, ...] = (
     Row("lora orthogonal", "lora", {"rank": 2, "init": "orthogonal"}, start=1e-5),
     Row("lora pissa", "lora", {"rank": 2, "init": "pissa"}, start=1e-5),
     Row("lora olora", "lora", {"rank": 2, "init": "olora"}, start=1e-5),
+    Row("lora gated", "lora", {"rank": 2, "gate": "token"}, merges=False, mixes=False),
+    Row("lora gated by sequence", "lora", {"rank": 2, "gate": "sequence", "bias": True},
+        merges=False, mixes=False),
     Row("dora", "dora", {"rank": 2, "alpha": 3.0}, _dora,
         ("gpt2", "resnet", "tables", *LINEARS), start=1e-5, mixes=False,
         near_one=("magnitude",)),
@@ -103,7 +108,7 @@ ROWS: tuple[Row, ...] = (
         name="*norm*"),
     Row("tokens", "tokens", {"ids": [1, 3]},
         lambda t: peft.TrainableTokensConfig(token_indices=[7, 3, 11], target_modules=t),
-        ("gpt2", "llama", "bert", "t5", "mamba"), name="table"),
+        tuple(sorted(EMBEDDINGS, key=lambda name: name != "gpt2")), name="table"),
     Row("sparse", "sparse", {"rank": 1},
         lambda t: peft.ShiraConfig(r=2, random_seed=3, target_modules=t),
         ("bert", "llama", "t5", "vit", "whisper", "albert", "qwen3", "phi3")),
@@ -124,6 +129,7 @@ ROWS: tuple[Row, ...] = (
     Row("reft places", "reft", {"rank": 1, "first": 1, "last": 2, "orthogonal": False},
         merges=False, mixes=False),
     Row("fusion", "fusion", {"sizes": [2, 3]}, merges=False, mixes=False),
+    Row("ladder", "ladder", {"reduction": 2, "role": "block"}, merges=False, mixes=False),
     Row("bitfit", "bitfit"),
     Row("train", "train", name="head"),
 )  # fmt: skip
@@ -141,9 +147,17 @@ def start_of(spec: Any) -> float:
 
 
 def merges(spec: Any) -> bool:
-    """Whether all methods of a spec can be merged."""
-    never = {row.method for row in ROWS if not row.merges}
-    return all(rule["method"] not in never for rule in spec["rules"])
+    """Whether all methods of a spec can be merged, with the options that it gives them."""
+    ever = {row.method for row in ROWS if row.merges}
+    return all(
+        rule["method"] in ever
+        and not any(
+            row.method == rule["method"] and all(rule.get(k) == v for k, v in row.options.items())
+            for row in ROWS
+            if not row.merges
+        )
+        for rule in spec["rules"]
+    )
 
 
 BY_ID = {row.id: row for row in ROWS}

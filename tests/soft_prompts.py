@@ -20,7 +20,7 @@ from tests.helpers import fill
 P = 5
 TASKS = {
     "llama": "CAUSAL_LM", "qwen3": "CAUSAL_LM", "phi3": "CAUSAL_LM", "gpt2": "CAUSAL_LM",
-    "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM",
+    "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM", "mistral": "CAUSAL_LM", "roberta": "SEQ_CLS",
 }  # fmt: skip
 CONFIGS: dict[str, Any] = {
     "prompt": peft.PromptTuningConfig,
@@ -105,7 +105,7 @@ def inputs(name: str, padding: str = "none", decoder: bool = True) -> dict[str, 
 def seen(name: str, x: dict[str, Tensor], out: Tensor, length: int) -> Tensor:
     """Rows of the output that stand for tokens: what padding computes means nothing."""
     mask = x.get("attention_mask")
-    if mask is None or name in ("bert", "t5"):
+    if mask is None or TASKS[name] != "CAUSAL_LM":
         return out
     extra = out.shape[1] - mask.shape[1]
     assert extra in (0, length)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ast
+import inspect
 import re
+import statistics
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from peftfx.methods import lookup, names
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = [
@@ -44,6 +49,22 @@ def test_files_are_short() -> None:
 
 
 MOST = 440  # lines
+
+
+def test_a_method_is_a_short_file() -> None:
+    files = {Path(inspect.getfile(lookup(name))) for name in names()}
+    assert statistics.median(len(f.read_text().splitlines()) for f in files) < 120
+
+
+def test_no_pass_knows_a_method() -> None:
+    """Passes and lowering ask a mark's key; none holds a method's name or reads its file."""
+    allowed = {"peftfx.methods.method"}
+    for file in sorted((ROOT / "passes").rglob("*.py")):
+        tree = ast.parse(file.read_text())
+        texts = {n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)}
+        assert not texts & {*names()} - {file.stem}, file  # a pass may have its own name
+        read = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        assert not {m for m in read if m and m.startswith("peftfx.methods")} - allowed, file
 
 
 def test_private_names_of_torch_are_in_one_file() -> None:

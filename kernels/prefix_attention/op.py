@@ -184,15 +184,28 @@ for _device in ("cpu", "cuda"):
 def joined(
     q: Tensor, k: Tensor, v: Tensor, pk: Tensor, pv: Tensor, mask: Tensor | None,
     bias: Tensor | None, causal: bool, scale: float, dropout: float = 0.0,
+    gate: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The same by ``scaled_dot_product_attention`` over joined keys. Traceable with proxies.
 
-    A bias comes with a mask of numbers, whose other columns it was cut from.
+    A bias comes with a mask of numbers, whose other columns it was cut from. A gate ``[B, S or 1,
+    1]`` multiplies the prefix's keys and values. One for each query cannot go into keys that all
+    queries see: then heads are twice as wide, ``[q, g·q]·[k, 0; 0, pk]ᵀ`` and ``[0, pv; v, 0]``.
     """
+    factor = None if gate is None else gate.to(q.dtype).unsqueeze(1)  # [B, 1, S or 1, 1]
+    queries = q
+    if factor is not None and factor.shape[2] != 1:
+        queries = torch.cat([q, q * factor], dim=3)
 
     def in_front(own: Tensor, front: Tensor) -> Tensor:  # [B, K, P + T, D]
         front = front.to(own.dtype).repeat_interleave(own.shape[1] // front.shape[0], 0)
-        return torch.cat([front + torch.zeros_like(own[:, :, :1]), own], dim=2)
+        front = front + torch.zeros_like(own[:, :, :1])
+        if queries is not q:
+            own = torch.cat([own, torch.zeros_like(own)], dim=3)
+            front = torch.cat([torch.zeros_like(front), front], dim=3)
+        elif factor is not None:
+            front = front * factor
+        return torch.cat([front, own], dim=2)
 
     if causal:
         rows, columns = torch.ones_like(q[0, 0, :, :1]), torch.ones_like(k[0, 0, :, 0])
@@ -202,10 +215,13 @@ def joined(
         mask = torch.cat([front, mask + torch.zeros_like(front[..., :1])], dim=-1)
     elif mask is not None:
         mask = F.pad(mask, (pk.shape[1], 0), value=1 if mask.dtype == torch.bool else 0)
-    return F.scaled_dot_product_attention(
-        q, in_front(k, pk), in_front(v, pv), attn_mask=mask, dropout_p=dropout, scale=scale,
+    out = F.scaled_dot_product_attention(
+        queries, in_front(k, pk), in_front(v, pv), attn_mask=mask, dropout_p=dropout, scale=scale,
         enable_gqa=q.shape[1] != k.shape[1],
     )  # fmt: skip
+    if factor is None or queries is q:
+        return out
+    return out[..., : v.shape[3]] + factor * out[..., v.shape[3] :]
 
 
 def why_joined(

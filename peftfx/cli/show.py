@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from peftfx import peft_support
@@ -126,10 +127,11 @@ def methods(
     for name, about in content.items():
         options = ", ".join(f"{o}={v['default']}" for o, v in about["options"].items())
         found = about["llama_7b"]
-        count = "-" if found["trainable"] is None else f"{found['trainable']:,}"
-        where = found["rule"].get("name") or found["rule"].get("kind") or "-"
-        place = where if isinstance(where, str) else " ".join(where)
-        table.add_row(name, about["acts"], about["about"], count, place, options)
+        rule = found["rule"]
+        where = rule.get("name") or rule.get("role") or rule.get("kind") or "-"
+        place = found.get("reason") or (where if isinstance(where, str) else " ".join(where))
+        row = (about["acts"], about["about"], f"{found['trainable']:,}", place, options)
+        table.add_row(name, *map(escape, row))
     console.print(table)
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from peftfx.errors import PeftfxError
+from peftfx.errors import PlanError
 from peftfx.layout import Layout
 from peftfx.methods.method import Method
 from peftfx.plans import resolve
+from peftfx.roles import Roles
+from peftfx.roles.outputs import Output
 from peftfx.spec import Spec
 
 VOCABULARY, WIDTH, INNER, LAYERS, HEADS = 32000, 4096, 11008, 32, 32
@@ -23,6 +25,22 @@ PLACES = Layout(  # what a run would show
     tokens={"model.embed_tokens.weight": {"encoder": ""}},
     attention={f"model.layers.{i}.self_attn.q_proj.weight": _HEADS for i in range(LAYERS)},
 )
+
+
+def _outputs() -> dict[str, list[Output]]:
+    """What a run would show of the modules' outputs."""
+    shown: dict[str, list[Output]] = {}
+    for i in range(LAYERS):
+        layer = f"model.layers.{i}"
+        for part, last in (("attention", "self_attn.o_proj"), ("mlp", "mlp.down_proj")):
+            module, beside = f"{layer}.{last.partition('.')[0]}", f"{layer}.{last}.weight"
+            roles = (part, f"residual.{part}")
+            shown[module] = [Output(role, (WIDTH, WIDTH), beside) for role in roles]
+        shown[layer] = [Output("block", (WIDTH, WIDTH), f"{layer}.mlp.down_proj.weight")]
+    return shown
+
+
+ROLES = Roles(outputs=_outputs())
 
 
 class _Norm(nn.Module):
@@ -62,11 +80,11 @@ def llama() -> nn.Module:
 def size(model: nn.Module, method: type[Method]) -> dict[str, Any]:
     """The rule of the method's example on *model*, and how many values it trains.
 
-    ``trainable`` is None where the rule cannot be planned without running the model.
+    It is none where the model has nothing that the method trains; ``reason`` tells what is missing.
     """
     rule = {"method": method.name, **method.example}
     try:
-        plan = resolve(model, Spec.parse({"rules": [rule]}), places=PLACES)
-    except PeftfxError as error:
-        return {"rule": rule, "trainable": None, "reason": error.message}
+        plan = resolve(model, Spec.parse({"rules": [rule]}), ROLES, PLACES)
+    except PlanError as error:
+        return {"rule": rule, "trainable": 0, "reason": error.message}
     return {"rule": rule, "trainable": plan.trainable, "share": plan.trainable / plan.total}

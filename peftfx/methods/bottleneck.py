@@ -6,8 +6,7 @@ Behind attention and behind the feed-forward: Houlsby et al., 2019 (arXiv 1902.0
 feed-forward alone: Pfeiffer et al., 2021 (arXiv 2005.00247); beside it, scaled: He et al., 2022
 (arXiv 2110.04366). Options:
 
-- ``gate``: g is a sigmoid of h, of each token or averaged over the sequence, as in UniPELT (Mao et
-  al., 2022, arXiv 2110.07577); without it g is 1.
+- ``gate``: g is a gate, as in UniPELT (see :mod:`peftfx.methods.gates`); without it g is 1.
 - ``drop``: adapters of the lowest layers are left out at random while training, so that they can
   be left out later (AdapterDrop, Rücklé et al., 2021, arXiv 2010.11918).
 - ``density``: only a share of D's and U's entries exists (SparseAdapter, He et al., 2022, arXiv
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from peftfx.errors import MergeError, PlanError, SpecError
 from peftfx.kernels.bottleneck.op import bottleneck
+from peftfx.methods import gates
 from peftfx.methods.additive import LINEAR, kaiming
 from peftfx.methods.method import Call, Method, Param, Tensors, option
 from peftfx.site import OUTPUT, Site
@@ -53,7 +53,9 @@ class Bottleneck(Method):
     parallel: bool = option("Reads the input of the sublayer (or linear), not its output.", False)
     scale: float = option("The factor s.", 1.0)
     learned_scale: bool = option("Whether s is trained.", False)
-    gate: Literal["token", "sequence"] | None = option("A trained gate, of what.", None)
+    gate: Literal["token", "sequence"] | None = option(
+        "A trained gate of the update, by token or sequence.", None
+    )
     norm: bool = option("A layer norm of h, trained.", False)
     dropout: float = option("Probability with which a value of h is dropped, in training.", 0.0)
     init: Literal["zeros", "small"] = option(
@@ -98,7 +100,7 @@ class Bottleneck(Method):
         if self.learned_scale:
             found["scale"] = Param((1,), lambda t: torch.nn.init.constant_(t, self.scale))
         if self.gate:
-            found["gate"], found["gate_bias"] = Param((1, read), zeros), Param((1,), zeros)
+            found |= gates.params(read)
         if self.norm:
             found["norm"], found["norm_bias"] = Param((read,), ones), Param((read,), zeros)
         if self.density < 1:
@@ -152,9 +154,7 @@ class Bottleneck(Method):
         down, up = self.weights(p)
         scale = p["scale"] * p["on"] if self.drop and call.training else p["scale"]
         if self.gate:
-            gate, shift = p["gate"].to(y.dtype), p["gate_bias"].to(y.dtype)
-            opened = torch.sigmoid(F.linear(h, gate, shift))  # [..., 1]
-            scale = scale * (opened.mean(-2, keepdim=True) if self.gate == "sequence" else opened)
+            scale = scale * gates.opened(self.gate, h, p)
         if self.norm:
             norm, shift = p["norm"].to(y.dtype), p["norm_bias"].to(y.dtype)
             h = F.layer_norm(h, [self.widths(call.weight)[0]], norm, shift)

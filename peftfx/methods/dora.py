@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import peftfx.kernels.low_rank_norms.op  # noqa: F401 - defines the op used below
+from peftfx.errors import SpecError
 from peftfx.methods.additive import CONV, LINEAR, channels, wide
 from peftfx.methods.lora import LORA, LoRA
 from peftfx.methods.method import Acts, Call, Method, Param, Tensors
@@ -41,6 +42,11 @@ class DoRA(LoRA):
         fixed={"use_dora": True},
         kinds=(*LINEARS, "embedding", *CONV),
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gate:
+            raise SpecError("a magnitude is of one weight for all tokens", remedy="method: lora")
 
     def accepts(self, site: Site) -> str | None:
         if int(site.attrs.get("groups", 1)) > 1:

@@ -10,21 +10,24 @@ begin with B·A = B₀·A₀ ≠ 0 taken from W. The papers subtract it from W; 
 and the update is ``s·(B·A - B₀·A₀) = s·[B, -B₀]·[A; A₀]``: the same function and gradients, exact
 on a base of low precision, and nothing to undo. EVA, Paischer et al., 2024 (arXiv 2410.07170),
 takes A from the inputs by ``peftfx.calibrate``.
+
+With a gate the update is ``g(x)·s·B·A·x``, as in UniPELT (see :mod:`peftfx.methods.gates`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from peftfx.errors import CheckpointError, PlanError, SpecError
+from peftfx.errors import CheckpointError, MergeError, PlanError, SpecError
+from peftfx.methods import gates
 from peftfx.methods.additive import CONV, LINEAR, TABLE, TRANSPOSED, LowRank, kaiming, wide
-from peftfx.methods.method import Calibration, Method, Param, Tensors, option
+from peftfx.methods.method import Calibration, Call, Method, Param, Tensors, option
 from peftfx.methods.part import cut, put
 from peftfx.methods.peft import LINEARS, PeftForm, Placed
 from peftfx.site import PACKED, Site
@@ -55,6 +58,8 @@ class LoraForm(PeftForm):
             return f"PEFT drops the bias on B at {site.module}"
         if method.bias and "bias" not in self.said:
             return f"PEFT has no {method.name} with a bias on B"
+        if method.gate:
+            return "PEFT has no gates"
         if set(method.params(site)) <= {"A", "B", "bias", "A0", "B0"}:
             site = replace(site, attrs={k: v for k, v in site.attrs.items() if k != "part"})
         return super().refusal(method, site)
@@ -172,7 +177,7 @@ class LoRA(LowRank):
 
     name: ClassVar[str] = "lora"
     kinds: ClassVar[tuple[str, ...]] = (*LINEAR, *TABLE, *CONV, *TRANSPOSED, "parameter")
-    baked: ClassVar[tuple[str, ...]] = ("dropout", "bias")
+    baked: ClassVar[tuple[str, ...]] = ("dropout", "bias", "gate")
     paper: ClassVar[str] = "arXiv 2106.09685"
     peft: ClassVar[PeftForm | None] = LORA
 
@@ -185,6 +190,9 @@ class LoRA(LowRank):
     )
     freeze_a: bool = option("LoRA-FA: train B alone, so that the input is not kept.", False)
     plus: float = option("LoRA+: B's learning rate is that of A times this.", 1.0)
+    gate: Literal["token", "sequence"] | None = option(
+        "A trained gate of the update, by token or sequence.", None
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -207,6 +215,8 @@ class LoRA(LowRank):
     def accepts(self, site: Site) -> str | None:
         if self.init not in ("kaiming", "gaussian") and site.kind not in LINEAR:
             return f"init {self.init} is for linears, this is {site.kind}"
+        if self.gate and site.kind not in LINEAR:
+            return f"a gate is of a linear's input, and this is {site.kind}"
         if site.kind == "parameter" and (reason := self.weight_form(site)) is not None:
             return reason
         return super().accepts(site)
@@ -245,6 +255,8 @@ class LoRA(LowRank):
         params = {"A": Param(a, starts[0], not self.freeze_a), "B": Param(b, starts[1])}
         if self.bias:
             params["bias"] = Param((n,), zeros)
+        if self.gate:
+            params |= gates.params(k)
         if self.init in FROM_BASE:
             params |= {"A0": Param(a, zeros, False), "B0": Param(b, zeros, False)}
         return params
@@ -282,7 +294,32 @@ class LoRA(LowRank):
             return p["A"], p["B"]
         return torch.cat([p["A"], p["A0"]]), torch.cat([p["B"], -p["B0"]], 1)
 
+    def apply(self, y: Tensor | None, x: Tensor, p: Tensors, call: Call) -> Tensor:
+        if not self.gate:
+            return super().apply(y, x, p, call)
+        assert y is not None
+        update = super().apply(torch.zeros_like(y), x, p, call)
+        return y + gates.opened(self.gate, x.to(y.dtype), p) * update
+
+    def merge(self, w: Tensor, p: Tensors, site: Site) -> Tensor:
+        if self.gate:
+            raise MergeError(
+                "a gate goes by the input: no weight is equal to it",
+                site=site.name,
+                remedy="keep the adapter unmerged",
+            )
+        return super().merge(w, p, site)
+
+    def mix(
+        self, parts: Sequence[tuple[float, Method, Tensors]], site: Site
+    ) -> tuple[Method, dict[str, Tensor]]:
+        if any("gate" in p for _, _, p in parts):
+            raise MergeError("adapters with gates cannot be mixed", site=site.name)
+        return super().mix(parts, site)
+
     def weight_form(self, site: Site) -> str | None:
+        if self.gate:
+            return "a gate goes by what the weight's module is given, and it is never called"
         if self.bias:
             return "a bias acts on what the weight's module computes, and it is never called"
         return super().weight_form(site)

@@ -77,7 +77,7 @@ class Call:
     Shapes of activations need not be known. ``seed`` is an int64 tensor of shape ``[]`` where
     :meth:`Method.draws` said that the method needs randomness, else None. Sites that share a seed
     differ in ``site``, a small ordinal. ``given`` are inputs of the module beside the first, by
-    name (see :attr:`Site.inputs`).
+    name (see :attr:`Site.inputs`), or what other modules gave (see ``gathers``).
     """
 
     weight: Site
@@ -115,6 +115,10 @@ class Method(ABC):
             that differ only in other options share their compiled graph.
         reads: what :meth:`apply` needs of the base: ``weight``, ``bias``; where the module has
             them, they are in ``p``, as ``base.weight`` and ``base.bias``.
+        gathers: the sites of a rule act as one, at modules' outputs: all but the last hand theirs
+            on as they are, and the last has the tensors. Its :meth:`apply` finds what the others
+            gave in ``call.given``, in their order and cut off from the base's gradients; where a
+            site stands among them is its ``rung``.
         peft: how HF PEFT writes the method, None where PEFT does not have it.
         example: selectors and options of a rule that shows the method on a Llama.
     """
@@ -125,6 +129,7 @@ class Method(ABC):
     baked: ClassVar[tuple[str, ...]] = ()
     reads: ClassVar[tuple[str, ...]] = ()
     trains: ClassVar[bool] = True
+    gathers: ClassVar[bool] = False
     paper: ClassVar[str] = ""
     peft: ClassVar[PeftForm | None] = None
     example: ClassVar[Mapping[str, Any]] = {"name": "*_proj"}
@@ -199,6 +204,13 @@ class Method(ABC):
         The form of methods that act there; traceable with proxies, as :meth:`apply` is.
         """
         raise PlanError(f"method {self.name!r} does not act at attention calls")
+
+    def opened(self, x: Tensor, p: Mapping[str, Tensor], call: Call) -> Tensor | None:
+        """How far its front is let through: ``[B, S, 1]`` by query, or ``[B, 1, 1]``.
+
+        Keys and values are multiplied by it; None is wholly. ``x`` is what queries are made of.
+        """
+        return None
 
     def merge(self, w: Tensor, p: Mapping[str, Tensor], site: Site) -> Tensor:
         """The merged parameter of *site*: a new tensor of the shape and dtype of ``w``."""
@@ -315,10 +327,13 @@ class Key:
         call = Call(self.weight, training, seed, site, given)
         return part.apply(self.method, y, x, values, call)
 
-    def front(self, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Keys and values in front of an attention call, see :meth:`Method.front`."""
-        p = dict(zip(self.names, tensors, strict=True))
-        return self.method.front(p, Call(self.weight, training=False))
+    def front(self, x: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Keys and values in front of an attention call, and how far they are let through.
+
+        See :meth:`Method.front` and :meth:`Method.opened`.
+        """
+        p, call = dict(zip(self.names, tensors, strict=True)), Call(self.weight, training=False)
+        return *self.method.front(p, call), self.method.opened(x, p, call)
 
     @property
     def attrs(self) -> Mapping[str, Any]:
@@ -367,6 +382,7 @@ _TABLE: dict[str, str | type[Method]] = {
     "compacter": "peftfx.methods.compacter:Compacter",
     "reft": "peftfx.methods.reft:ReFT",
     "fusion": "peftfx.methods.fusion:Fusion",
+    "ladder": "peftfx.methods.ladder:Ladder",
     "bitfit": "peftfx.methods.bitfit:BitFit",
     "train": "peftfx.methods.train:Train",
     "freeze": "peftfx.methods.freeze:Freeze",

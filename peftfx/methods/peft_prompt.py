@@ -89,6 +89,11 @@ class PrefixForm(PromptForm):
             rule["init"] = "zeros"
         return rule
 
+    def refusal_of(self, method: Method) -> str | None:
+        if method.gate:  # type: ignore[attr-defined]
+            return "PEFT has no gates"
+        return super().refusal_of(method)
+
     def config(self, placed: Placed) -> dict[str, Any]:
         heads, width = self._heads(placed)
         found = {"token_dim": heads * width, "num_attention_heads": heads}

@@ -1,6 +1,8 @@
 """Prefix tuning: trained keys and values at every attention call. Li & Liang, 2021 (2101.00190).
 
 head = softmax(q·[Pk; k]ᵀ·s)·[Pv; v],   [Pk, Pv] = W₂·tanh(W₁·e) where an MLP makes them
+
+With a gate, g(x)·Pk and g(x)·Pv stand in their place, as in UniPELT (:mod:`peftfx.methods.gates`).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import MergeError, SpecError
+from peftfx.methods import gates
 from peftfx.methods.method import Acts, Call, Method, Param, option
 from peftfx.methods.peft import PeftForm
 from peftfx.methods.peft_prompt import PrefixForm
@@ -34,7 +37,7 @@ class Prefix(Method):
     name: ClassVar[str] = "prefix"
     acts: ClassVar[Acts] = "attention"
     kinds: ClassVar[tuple[str, ...]] = ("linear", "hf_conv1d")
-    baked: ClassVar[tuple[str, ...]] = ("length", "mlp")
+    baked: ClassVar[tuple[str, ...]] = ("length", "mlp", "gate")
     paper: ClassVar[str] = "arXiv 2101.00190"
     example: ClassVar[Mapping[str, Any]] = {"name": "*.q_proj"}
     peft: ClassVar[PeftForm | None] = PrefixForm(
@@ -49,6 +52,9 @@ class Prefix(Method):
     mlp: bool = option("Keys and values are made by an MLP.", False)
     hidden: int = option("Hidden width of the MLP; 0: as wide as its input.", 0)
     width: int = option("Width of the MLP's input; 0: that of all key heads.", 0)
+    gate: Literal["token", "sequence"] | None = option(
+        "A trained gate of keys and values, by token or sequence.", None
+    )
 
     def __post_init__(self) -> None:
         for name, least, most in (
@@ -68,9 +74,10 @@ class Prefix(Method):
     def params(self, site: Site) -> dict[str, Param]:
         heads, d, e = (int(site.attrs[n]) for n in ("kv_heads", "head_dim", "value_dim"))
         start = torch.nn.init.normal_ if self.init == "random" else torch.nn.init.zeros_
+        gate = gates.params(site.in_features) if self.gate else {}
         if not self.mlp:
             shapes = {"keys": (heads, self.length, d), "values": (heads, self.length, e)}
-            return {name: Param(shape, start) for name, shape in shapes.items()}
+            return {name: Param(shape, start) for name, shape in shapes.items()} | gate
         first = functools.partial(_uniform, bound=self.width**-0.5)  # as nn.Linear has it
         spread = functools.partial(_uniform, bound=self.hidden**-0.5)
         last = start if self.init == "zeros" else spread
@@ -80,6 +87,7 @@ class Prefix(Method):
             "bias1": Param((self.hidden,), first, shared="rule"),
             "weight2": Param((heads * (d + e), self.hidden), last),
             "bias2": Param((heads * (d + e),), last),
+            **gate,
         }
 
     def front(self, p: Mapping[str, Tensor], call: Call) -> tuple[Tensor, Tensor]:
@@ -92,12 +100,16 @@ class Prefix(Method):
         keys, values = (t.unflatten(1, (heads, -1)).transpose(0, 1) for t in parts)
         return keys, values
 
+    def opened(self, x: Tensor, p: Mapping[str, Tensor], call: Call) -> Tensor | None:
+        return gates.opened(self.gate, x, p) if self.gate else None
+
     def finished(self) -> Method:
         return replace(self, mlp=False, hidden=0, width=0)
 
     def finish(self, p: Mapping[str, Tensor], site: Site) -> dict[str, Tensor]:
         keys, values = self.front(p, Call(site, training=False))
-        return {"keys": keys, "values": values}
+        gate = {name: t for name, t in p.items() if name.startswith("gate")}
+        return {"keys": keys, "values": values, **gate}
 
     def merge(self, w: Tensor, p: Mapping[str, Tensor], site: Site) -> Tensor:
         raise MergeError(

@@ -183,6 +183,18 @@ def test_starts_of_lora(kind: str) -> None:
     assert torch.equal(model[0].weight, base[0].weight)  # type: ignore[index]
 
 
+def test_a_lokr_of_full_rank_is_krona() -> None:
+    """KronA: W + s·A ⊗ B with neither factor a product itself."""
+    base, x = nn.Sequential(nn.Linear(6, 12)), torch.randn(3, 6)
+    model = bind(copy.deepcopy(base), {"method": "lokr", "name": "*", "rank": 16, "alpha": 8.0},
+                 example=(x,))  # fmt: skip
+    fill(peftfx.parameters(model))
+    t = {k.rpartition(".")[2]: v for k, v in peftfx.state_dict(model).items()}
+    assert {n: tuple(v.shape) for n, v in t.items()} == {"w1": (3, 2), "w2": (4, 3)}
+    update = torch.kron(t["w1"], t["w2"]) * 0.5
+    assert relative(model(x), base(x) + x @ update.t()) < 1e-5
+
+
 @pytest.mark.parametrize("structure", ["element", "row", "column"])
 @pytest.mark.parametrize("conv", [False, True])
 def test_magnitude_masks(structure: str, conv: bool) -> None:

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 
 from peftfx.cli import show
 from peftfx.errors import SaveError
+from peftfx.methods import names
 
 SPEC = """\
 rules:
@@ -76,7 +77,16 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
 
 
 def test_methods_schema_doctor(base: Path, tmp_path: Path) -> None:
-    assert set(json.loads(run("methods", "--json"))) >= {"lora", "bitfit", "train", "freeze"}
+    counts = {
+        n: m["llama_7b"]["trainable"] for n, m in json.loads(run("methods", "--json")).items()
+    }
+    assert set(counts) == set(names())
+    none = {n for n, count in counts.items() if not count}
+    assert none == {"bitfit", "freeze"}  # a Llama has no biases
+    shapes = 4 * (4096 + 4096) + 3 * (4096 + 11008)
+    assert counts["lora"] == 32 * 8 * shapes and counts["prefix"] == 32 * 2 * 20 * 4096
+    assert counts["bottleneck"] == 64 * (2 * 4096 * 64 + 64 + 4096)
+    assert "1,048,704" in run("methods")  # ReFT, 32 layers of 2 * 4 * 4096 + 4
     said = json.loads(run("methods", "--peft", "--json"))["said"]
     assert said["lora"]["options"]["rank"] == "r" and "lora_alpha" in run("methods", "--peft")
     assert "draft-07" in run("schema")

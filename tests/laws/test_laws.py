@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import peftfx
 from peftfx.backends import Backend
-from peftfx.errors import BindError, MergeError, PlanError
+from peftfx.errors import BindError, MergeError, PlanError, TraceError
 from tests.helpers import fill, relative
 from tests.methods import ROWS, merges, start_of
 
@@ -91,7 +91,8 @@ lora = st.fixed_dictionaries(
 )
 # Every row of the table, at what its name says or at a choice of sites; one may stack on another
 _places = st.sampled_from([["*"], ["linear*", "conv*"], ["*a", "*b", "head"], ["residual*"]])
-_rows = st.sampled_from([r for r in ROWS if r.method not in ("train", "bitfit", "norm")])
+_apart = ("train", "bitfit", "norm", "ladder")  # a ladder's layers: test_methods.py
+_rows = st.sampled_from([r for r in ROWS if r.method not in _apart])
 method = st.builds(
     lambda row, where: row.rule(
         name=where if row.name == "*" else row.name, **{"except": "dead"}
@@ -106,11 +107,7 @@ specs = st.tuples(
 ).map(lambda rules: {"rules": [r for r in rules if r is not None]})
 
 
-def bound(plan: Any, spec: Any, lower: Any) -> tuple[nn.Module, nn.Module, Tensor, Backend] | None:
-    torch.manual_seed(0)
-    base = (
-        Random(plan).eval().requires_grad_(False)
-    )  # torch rounds otherwise where gradients are due
+def bound(base: nn.Module, spec: Any, lower: Any) -> tuple[nn.Module, Tensor, Backend] | None:
     ids = torch.randint(0, 11, (2, 5))
     model = copy.deepcopy(base)
     backend = Backend(spec, lower)
@@ -118,15 +115,21 @@ def bound(plan: Any, spec: Any, lower: Any) -> tuple[nn.Module, nn.Module, Tenso
         backend.bind(model, (ids,))
     except PlanError:
         return None  # nothing of that name in this model
-    return base, model, ids, backend
+    return model, ids, backend
 
 
 def check(plan: Any, spec: Any, lower: Any) -> None:
-    """All laws on one model and one spec; *lower* None is without a compiler."""
-    made = bound(plan, spec, lower or "eager")
+    """All laws on a model drawn at random and one spec; *lower* None is without a compiler."""
+    torch.manual_seed(0)
+    check_on(Random(plan), spec, lower)
+
+
+def check_on(base: nn.Module, spec: Any, lower: Any) -> None:
+    base.eval().requires_grad_(False)  # torch rounds otherwise where gradients are due
+    made = bound(base, spec, lower or "eager")
     if made is None:
         return
-    base, model, ids, backend = made
+    model, ids, backend = made
     assert relative(model(ids), base(ids)) <= start_of(spec)  # mostly the base
     fill(peftfx.parameters(model), scale=0.4)
     eager = model(ids)
@@ -178,6 +181,10 @@ def rewritten(
     base: nn.Module, model: nn.Module, spec: Any, ids: Tensor, eager: Tensor, grads: Any
 ) -> None:
     """The passes on an fx graph: the marks' result, their gradients, and no others."""
+    if any(rule.get("role") for rule in spec["rules"]):
+        with pytest.raises(TraceError):  # roles are found by a run, and a graph has no example
+            peftfx.rewrite(fx.symbolic_trace(base), spec)
+        return
     if any(rule.get("first") or rule.get("last") for rule in spec["rules"]):
         with pytest.raises(BindError, match="positions are counted"):
             peftfx.rewrite(fx.symbolic_trace(base), spec)
@@ -203,6 +210,50 @@ def test_without_a_compiler(plan: Any, spec: Any) -> None:
 def test_compiled(plan: Any, spec: Any) -> None:
     torch._dynamo.reset()
     check(plan, spec, "aot_eager")
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, 7), nn.Linear(7, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Stack(nn.Module):
+    """Residual blocks in a list, for what takes a stack of them as one."""
+
+    def __init__(self, depth: int, width: int) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(11, width), nn.Linear(width, 3)
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+ladder = st.fixed_dictionaries(
+    {
+        "method": st.just("ladder"),
+        "role": st.just("block"),
+        "reduction": st.sampled_from([1.0, 2.5, 9.0]),
+        "expansion": st.sampled_from([0.5, 2.0]),
+        "activation": st.sampled_from(["relu", "gelu"]),
+    },
+    optional={"layers": st.sampled_from(["last 2", "every 2", [0]])},
+)
+beside = st.sampled_from([r.rule(name="*.down") for r in ROWS if r.method in ("lora", "ia3")])
+
+
+@settings(max_examples=EXAMPLES // 100 or 15)
+@given(st.integers(1, 3), st.sampled_from([4, 6]), ladder, st.none() | beside)
+def test_stacks_as_one(depth: int, width: int, rule: Any, other: Any) -> None:
+    torch.manual_seed(0)
+    check_on(Stack(depth, width), {"rules": [r for r in (rule, other) if r]}, None)
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from peftfx.errors import MergeError, PlanError
 from peftfx.methods import lookup, names
 from tests.helpers import fill, relative
 from tests.methods import ELSEWHERE, ROWS, Row
+from tests.soft_prompts import CONFIGS
 
 EVERY = pytest.mark.parametrize("row", ROWS, ids=str)
 # compiling takes seconds: one row for each method, the others with the slow tests
@@ -33,6 +34,7 @@ COMPILED = [
 def test_every_method_has_a_row() -> None:
     """Methods without a local form have laws of their own, and say so by what they act on."""
     far = {n for n in names() if lookup(n).acts in ("attention", "tokens")}
+    assert far == set(CONFIGS)  # tests/e2e/test_soft_prompts.py runs over these
     assert set(names()) - far == {row.method for row in ROWS} | ELSEWHERE
 
 
@@ -172,7 +174,10 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("row", [r for r in ROWS if not r.merges], ids=str)
+AT_LINEARS = [r for r in ROWS if not r.merges and "role" not in r.options]
+
+
+@pytest.mark.parametrize("row", AT_LINEARS, ids=str)
 def test_mixes_without_weights_to_sum(row: Row) -> None:
     """Two adapters at one linear add up there."""
     torch.manual_seed(0)
@@ -243,6 +248,7 @@ CONVOLUTIONS = [
     for r in ROWS
     if "conv2d" in lookup(r.method).kinds
     and r.options.get("init", "gaussian") == "gaussian"  # other starts are for linears
+    and "gate" not in r.options  # as are gates
 ]
 
 

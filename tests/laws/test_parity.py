@@ -16,11 +16,13 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.backends import Backend
 from peftfx.binding import bound
+from peftfx.methods import lookup, names
 from peftfx.methods.lokr import divisors
 from peftfx.peft_format import Directory
-from tests.architectures import Architecture, by_name
+from tests.architectures import ARCHITECTURES, Architecture, by_name
 from tests.helpers import fill, output, relative
 from tests.methods import BY_ID, ROWS, Row, targets
+from tests.soft_prompts import TASKS
 
 BREAKS = {"mixtral"}  # its experts' loop reads values: torch breaks the base's graph too
 CASES = [
@@ -249,3 +251,15 @@ def test_allocated_ranks_are_read(tmp_path: Path) -> None:
 def test_kronecker_sizes_are_peft_s(factor: int) -> None:
     for size in range(1, 200):
         assert divisors(size, factor) == factorization(size, factor), size
+
+
+def test_every_shared_method_is_on_eight_architectures() -> None:
+    """What stands beside others in PEFT's files, biases and whole modules: test_peft_options.py."""
+    on: dict[str, set[str]] = {"lora": {a.name for a in ARCHITECTURES if a.targets}}
+    for row in ROWS:
+        on.setdefault(row.method, set()).update(row.on)
+    for method in ("prompt", "ptuning", "prefix"):
+        on[method] = set(TASKS)
+    shared = {n for n in names() if (form := lookup(n).peft) is not None and form.type}
+    few = {name: sorted(on.get(name, ())) for name in shared if len(on.get(name, ())) < 8}
+    assert not few
