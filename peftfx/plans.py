@@ -210,7 +210,9 @@ def resolve(
                 remedy="name sites that the method acts at",
             )
         placements += _over(placed)
-    refusals = [r for r in refusals if _worth_telling(r, placements)]
+    # a glob that names a module means its weight: that its bias was not meant is no news
+    told = {(p.rule, p.site.module) for p in placements}
+    refusals = [r for r in refusals if (r.rule, r.site.module) not in told]
     placements = _same_tensor(placements)
     _clashes(placements)
     for p in placements:
@@ -318,13 +320,6 @@ def _partly(rule: Rule, site: Site) -> str | None:
 
 def _width(site: Site) -> int:
     return site.shape[0] if len(site.shape) == 1 else site.out_features
-
-
-def _worth_telling(refusal: Refusal, placements: list[Placement]) -> bool:
-    """A glob that names a module means its weight: that its bias was not meant is no news."""
-    return not any(
-        p.rule == refusal.rule and p.site.module == refusal.site.module for p in placements
-    )
 
 
 def _nothing(rule: Rule, known: list[Site], roles: Roles | None) -> PlanError:
