@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftfx import peft_format, peft_prompts
-from peftfx.errors import CheckpointError, SpecError
+from peftfx.errors import CheckpointError, PlanError, SpecError
 from peftfx.methods.method import Method, lookup, names
 from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, named
 from peftfx.methods.peft_prompt import PromptForm
@@ -101,6 +101,37 @@ def config_from_spec(spec: Spec, model: nn.Module, example: Any = None) -> dict[
     if lost is not None:
         raise CheckpointError(f"a PEFT configuration does not say {lost}")
     return content
+
+
+def difference(model: nn.Module, plan: Plan, config: Mapping[str, Any], example: Any) -> str | None:
+    """What *config* says otherwise than *plan*, None where both adapt the same alike."""
+    written = peft_prompts if peft_prompts.meant(plan.placements) else peft_format
+    try:
+        ours = written.config_from(model, plan.placements)
+    except CheckpointError as error:
+        return error.message
+    said = [
+        {k: v for k, v in content.items() if k not in HARMLESS and v not in _EMPTY}
+        for content in (ours, config)
+    ]
+    if said[0] == said[1]:
+        return None
+    try:
+        acts = [
+            {(p.site.name, p.method.name): p.method for p in make_plan(model, spec, example)[0]}
+            for spec in (spec_from_config(ours, model), spec_from_config(config, model))
+        ]
+    except (SpecError, PlanError) as error:
+        return error.message
+    other = sorted(key for key in {*acts[0], *acts[1]} if acts[0].get(key) != acts[1].get(key))
+    if not other:
+        return None
+    site, method = other[0]
+    old, new = (vars(found[other[0]]) if other[0] in found else None for found in acts)
+    if old is None or new is None:
+        return f"{method} at {site} in one of them alone"
+    key = next(k for k in old if old[k] != new[k])
+    return f"{key} of {method} at {site} is {old[key]!r} in one and {new[key]!r} in the other"
 
 
 def _lost(spec: Spec, plan: Plan, back: Spec, again: Plan) -> str | None:

@@ -64,6 +64,7 @@ class Refusal:
     site: Site
     rule: int
     reason: str
+    other_kind: bool = False  # a glob may pass over what a method is not for
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def resolve(
                 assert isinstance(part, Site)
                 placed.append(Placement(part, method, number, rule.where))
             else:
-                refusals.append(Refusal(site, number, reason))
+                refusals.append(Refusal(site, number, reason, site.kind not in method.kinds))
         if not placed:
             computed = next((s for s in matched if s.computed), None)
             if computed is not None:

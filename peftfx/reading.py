@@ -77,12 +77,19 @@ def stored(
 def _stored(
     model: nn.Module, path: Path, example: Any, adapter: str | None, on_base: bool
 ) -> Stored:
-    spec, layout, weights, known = _describe(path, model)
+    spec, layout, weights, known, beside = _describe(path, model)
     header = tensor_files.read_header(weights)  # before a plan is made for what cannot be read
     binding = binding_of(model)
     base = _Base(model, binding) if on_base else None
 
     def on(plan: Plan) -> Stored:
+        other = beside and peft_config.difference(model, plan, beside, example)
+        if other:
+            raise CheckpointError(
+                f"{own_format.CONFIG} and {peft_format.CONFIG} do not say the same: {other}",
+                where=str(path),
+                remedy=f"delete {own_format.CONFIG} if PEFT's configuration is the right one",
+            )
         values = _values(plan, layout, weights, header, base)
         if on_base:
             _check_base(model, binding, plan, known)
@@ -101,8 +108,10 @@ def _stored(
         return on(plan)
 
 
-def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
-    """Spec, layout, weight file and fingerprints of a saved adapter."""
+def _describe(
+    path: Path, model: nn.Module
+) -> tuple[Spec, Layout, Path, Any, dict[str, Any] | None]:
+    """Spec, layout, weight file, fingerprints, and PEFT's configuration beside our own file."""
     if not path.is_dir():
         raise CheckpointError("there is no such directory", where=str(path))
     # a link to what was not downloaded is there, and cannot be read
@@ -142,7 +151,8 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
         ) from error
     prompts = any(isinstance(r.method.peft, PromptForm) for r in spec.rules)
     directory: Layout = peft_prompts.Directory() if prompts else peft_format.Directory()
-    return spec, (directory if is_peft else own_format.Directory()), weights, known
+    layout = directory if is_peft else own_format.Directory()
+    return spec, layout, weights, known, config if own is not None else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -156,3 +156,22 @@ def test_attention_sees_what_was_asked_for(name: str, monkeypatch: pytest.Monkey
         peftfx.release(model)
         seen[:] = []
         output(model, example)
+
+
+def test_sites_without_such_rows_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    """A rule that acts at some of what it matches says so; what it is not for is no news."""
+    model = nn.Sequential(nn.Linear(5, 12), nn.LayerNorm(12), nn.Linear(12, 8), nn.Linear(8, 7))
+    rule = {"method": "lora", "name": "*", "rank": 2}
+    with caplog.at_level("WARNING", "peftfx"):
+        Backend({"rules": [rule]}, "eager").bind(model, (torch.randn(3, 5),))
+        assert not caplog.records
+        peftfx.release(model)
+        Backend({"rules": [{**rule, "rows": "0-9"}]}, "eager").bind(model, (torch.randn(3, 5),))
+    (told,) = [r.getMessage() for r in caplog.records]
+    assert told == (
+        "rule 0 acts at 1 sites, and not in 2 other modules that it matches, such as 2.weight: "
+        "there are 8 rows, and 9 is asked for"
+    )
+    assert "not at 2.weight: there are 8 rows" in str(
+        peftfx.plan(model, {"rules": [{**rule, "rows": "0-9"}]})
+    )
