@@ -6,6 +6,7 @@ bounded counts and sizes, finite numbers. Pickles are refused whatever they are 
 
 from __future__ import annotations
 
+import math
 import os
 import struct
 from collections.abc import Mapping
@@ -118,17 +119,13 @@ def _entry(name: str, entry: Any, where: str) -> tuple[torch.dtype, tuple[int, .
     if dtype is None:
         raise wrong(f"dtype {entry['dtype']!r} is not supported")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    for values, most in ((shape, 2**48), (offsets, 2**62)):
-        if not isinstance(values, list) or not all(
-            isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= most for v in values
-        ):
+    for values, most, lengths in ((shape, 2**48, range(9)), (offsets, 2**62, (2,))):
+        if type(values) is not list or len(values) not in lengths:
             raise wrong("its shape or offsets are malformed")
-    if len(shape) > 8 or len(offsets) != 2:
-        raise wrong("its shape or offsets are malformed")
-    count = 1
-    for extent in shape:
-        count *= extent
-    if offsets[1] - offsets[0] != count * dtype.itemsize:
+        for v in values:
+            if type(v) is not int or not 0 <= v <= most:
+                raise wrong("its shape or offsets are malformed")
+    if offsets[1] - offsets[0] != math.prod(shape) * dtype.itemsize:
         raise wrong("its shape and its bytes do not agree")
     return dtype, tuple(shape), offsets[0], offsets[1]
 
