@@ -87,6 +87,7 @@ def bind(
         )
     _refuse_taken(model)
     plan, traced = make_plan(model, spec, example)
+    _announce(plan)
     if traced is None and hasattr(model, "dummy_inputs"):
         traced = _try_trace(model)
     flags = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -109,6 +110,19 @@ def bind(
     states.hook(model)
     model.register_forward_pre_hook(_before_root, with_kwargs=True)
     return binding
+
+
+def _announce(plan: Plan) -> None:
+    """Says where a rule does not act though it matches: other sites that it does act at hide it."""
+    for number in sorted({r.rule for r in plan.refusals}):
+        missed = [r for r in plan.refusals if r.rule == number and not r.other_kind]
+        if missed:
+            logger.warning(
+                "rule %d acts at %d sites, and not in %d other modules that it matches, such as "
+                "%s: %s",
+                number, sum(p.rule == number for p in plan), len({r.site.module for r in missed}),
+                missed[0].site.name, missed[0].reason,
+            )  # fmt: skip
 
 
 def _refuse_taken(model: nn.Module) -> None:

@@ -29,7 +29,6 @@ from peftfx.own_format import Layout
 from peftfx.plans import Placement, Plan
 from peftfx.spec import Spec
 
-MAX_CONFIG = 16 * 2**20
 Format = Literal["auto", "peft", "peftfx"]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
@@ -84,11 +85,11 @@ def unpickle(source: Path, destination: Path) -> None:
     """Writes what *source* holds as a pickle to *destination* as safetensors."""
     where = str(source / PICKLE)
     try:
-        found: Any = torch.load(where, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):
+            found: Any = torch.load(where, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds; what is no pickle of tensors is not converted
-        raise CheckpointError(
-            f"it is no pickle of plain tensors: {str(error).splitlines()[0]}", where=where
-        ) from error
+        said = str(error).partition("\n")[0] or type(error).__name__
+        raise CheckpointError(f"it is no pickle of plain tensors: {said}", where=where) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"it holds a {type(found).__name__}, not tensors", where=where)
     for name, value in found.items():

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+LONGEST = 2000  # characters of a message
+
 
 class PeftfxError(Exception):
     """Base of all errors.
@@ -29,6 +31,8 @@ class PeftfxError(Exception):
         site: str | None = None,
         remedy: str | None = None,
     ) -> None:
+        if len(message) > LONGEST:  # it quotes a file, which may hold anything
+            message = f"{message[: LONGEST // 2]} … {message[-LONGEST // 2 :]}"
         self.message, self.where, self.site, self.remedy = message, where, site, remedy
         text = f"{where}: {message}" if where else message
         if site:

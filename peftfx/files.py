@@ -1,7 +1,8 @@
 """Directories that are written whole or not at all.
 
 A save writes a new directory beside the old one, syncs it to disk and exchanges the two in one
-step. Killed at any moment, or on a full disk, it leaves the old version or the new one, never a
+step. Where the file system knows no such exchange there are two renames, and savers take turns by a
+lock. Killed at any moment, or on a full disk, it leaves the old version or the new one, never a
 mixture. What else the directory holds (a trainer's state, a README) goes into the new one by link.
 Who reads one file after another takes :func:`read_whole`, lest a save come between the two.
 """
@@ -15,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -45,23 +46,26 @@ def write_directory(
     fresh: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        recover(target)
-        _sweep(target)
+        with _alone(target.parent):
+            _recover(target)
+            _sweep(target)
         fresh = target.parent / f".{target.name}{_NEW}{os.getpid()}-{secrets.token_hex(4)}"
         fresh.mkdir()
         for name, data in files.items():
             _write(fresh / name, data)
-        if target.is_dir():
-            _keep_others(target, fresh, {*files, *without})
-        _sync(fresh)
-        old = _put(fresh, target)
-        try:
-            _sync(target.parent)
-        except OSError:
-            _take_back(fresh, target, old)
-            raise
-        if old is not None:
-            _bring_late(old, target, {*files, *without})
+        with _alone(target.parent):
+            _recover(target)
+            if target.is_dir():
+                _keep_others(target, fresh, {*files, *without})
+            _sync(fresh)
+            old = _put(fresh, target)
+            try:
+                _sync(target.parent)
+            except OSError:
+                _take_back(fresh, target, old)
+                raise
+            if old is not None:
+                _bring_late(old, target, {*files, *without})
     except OSError as error:
         if fresh is not None:
             shutil.rmtree(fresh, ignore_errors=True)
@@ -97,6 +101,9 @@ def read_whole(directory: str | os.PathLike[str], read: Callable[[], T]) -> T:
     """
     for _ in range(TRIES):
         before = _version(directory)
+        if before is None:  # a save without an exchange is between its two renames, or was killed
+            recover(directory)
+            before = _version(directory)
         try:
             found = read()
         except (PeftfxError, OSError):
@@ -122,13 +129,34 @@ def _version(directory: str | os.PathLike[str]) -> tuple[int, int] | None:
 
 def recover(directory: str | os.PathLike[str]) -> None:
     """Puts a version back that a killed save, on a system without an exchange, had moved aside."""
-    target = Path(os.path.abspath(directory))
-    if target.exists() or not target.parent.is_dir():
-        return
-    kept = sorted(target.parent.glob(f".{_escaped(target.name)}{_OLD}*"))
+    with contextlib.suppress(OSError, ValueError):  # what cannot be put back is not there
+        target = Path(os.path.abspath(directory))
+        if not target.exists():
+            with _alone(target.parent):
+                _recover(target)
+
+
+def _recover(target: Path) -> None:
+    kept = [] if target.exists() else sorted(target.parent.glob(f".{_escaped(target.name)}{_OLD}*"))
     if kept:
-        with contextlib.suppress(FileNotFoundError):  # another process was faster
-            os.rename(kept[-1], target)
+        os.rename(kept[-1], target)
+
+
+@contextlib.contextmanager
+def _alone(parent: Path) -> Iterator[None]:
+    """Keeps other savers in *parent* out of the block; a process that dies lets them in.
+
+    Where the file system knows no locks, savers side by side are on their own.
+    """
+    handle = os.open(parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(ImportError, OSError):
+            import fcntl
+
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _escaped(name: str) -> str:

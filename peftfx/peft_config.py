@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from peftfx import peft_format, peft_prompts
-from peftfx.errors import CheckpointError, SpecError
+from peftfx.errors import CheckpointError, PlanError, SpecError
 from peftfx.methods.method import Method, lookup, names
-from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, suffix
+from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, named
 from peftfx.methods.peft_prompt import PromptForm
 from peftfx.plans import Plan, make_plan
 from peftfx.site import PACKED, SLOT, kind_of, sites
@@ -26,6 +26,7 @@ HARMLESS = {  # about the bookkeeping of a training, not about what is computed
     "peft_version", "fan_in_fan_out",
 }  # fmt: skip
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, 0, "", "none")
+MAX_EXPRESSIONS = 2000  # each is asked of every module
 _HEADS = ("score", "classifier")  # what PEFT takes for the heads of classifiers
 
 
@@ -39,11 +40,21 @@ def spec_from_config(config: Any, model: nn.Module | None = None) -> Spec:
         SpecError: a type or an option without an equal here, by name.
     """
     content = dict(config if isinstance(config, Mapping) else config.to_dict())
+    try:
+        return _spec(content, model)
+    except (TypeError, AttributeError, KeyError) as error:  # a list where PEFT has a mapping, …
+        raise SpecError(f"an option has a value that PEFT's never have: {error}") from error
+
+
+def _spec(content: dict[str, Any], model: nn.Module | None) -> Spec:
     kind = getattr(content.get("peft_type"), "value", content.get("peft_type"))
     method, form = _meant(str(kind), content)
     if isinstance(form, PromptForm):
         return peft_prompts.spec_from_config(method.name, form, content, model)
     content = {**form.defaults, **content}
+    for key in (*(p for _, p in form.varied.values()), "modules_to_save", "layers_pattern"):
+        if isinstance(content.get(key), (list, dict)) and len(content[key]) > MAX_EXPRESSIONS:
+            raise SpecError(f"{key} holds more than {MAX_EXPRESSIONS} expressions")
     patterns = {pattern for _, pattern in form.varied.values()}
     known = {*COMMON, *HARMLESS, *form.options, *form.varied, *form.fixed, *form.special}
     known |= {*form.takes, *form.ignored}
@@ -90,6 +101,37 @@ def config_from_spec(spec: Spec, model: nn.Module, example: Any = None) -> dict[
     if lost is not None:
         raise CheckpointError(f"a PEFT configuration does not say {lost}")
     return content
+
+
+def difference(model: nn.Module, plan: Plan, config: Mapping[str, Any], example: Any) -> str | None:
+    """What *config* says otherwise than *plan*, None where both adapt the same alike."""
+    written = peft_prompts if peft_prompts.meant(plan.placements) else peft_format
+    try:
+        ours = written.config_from(model, plan.placements)
+    except CheckpointError as error:
+        return error.message
+    said = [
+        {k: v for k, v in content.items() if k not in HARMLESS and v not in _EMPTY}
+        for content in (ours, config)
+    ]
+    if said[0] == said[1]:
+        return None
+    try:
+        acts = [
+            {(p.site.name, p.method.name): p.method for p in make_plan(model, spec, example)[0]}
+            for spec in (spec_from_config(ours, model), spec_from_config(config, model))
+        ]
+    except (SpecError, PlanError) as error:
+        return error.message
+    other = sorted(key for key in {*acts[0], *acts[1]} if acts[0].get(key) != acts[1].get(key))
+    if not other:
+        return None
+    site, method = other[0]
+    old, new = (vars(found[other[0]]) if other[0] in found else None for found in acts)
+    if old is None or new is None:
+        return f"{method} at {site} in one of them alone"
+    key = next(k for k in old if old[k] != new[k])
+    return f"{key} of {method} at {site} is {old[key]!r} in one and {new[key]!r} in the other"
 
 
 def _lost(spec: Spec, plan: Plan, back: Spec, again: Plan) -> str | None:
@@ -171,15 +213,18 @@ def _expressions(why: str) -> SpecError:
 def _adapted(content: Mapping[str, Any], model: nn.Module) -> list[str]:
     """What PEFT would adapt, as globs of one module or parameter each."""
     targets, parameters = content.get("target_modules"), content.get("target_parameters")
+    excluded = content.get("exclude_modules")
     if not targets and not parameters:
         raise _no_targets()
     if isinstance(targets, str) and targets.lower() == "all-linear":
         targets = _all_linear(content, model)
+    targets, parameters = _as_set(targets), _as_set(parameters)
+    content = {**content, "exclude_modules": _as_set(excluded)}
     found = []
     for name, module in model.named_modules():
         if SLOT in name.split("."):
             continue
-        if name and _targeted(targets or (), content, name):
+        if name and _targeted(targets, content, name):
             if not isinstance(module, nn.MultiheadAttention):
                 found.append(name)
             elif module.in_proj_weight is None:
@@ -187,19 +232,25 @@ def _adapted(content: Mapping[str, Any], model: nn.Module) -> list[str]:
             else:
                 found += [f"{name}.{PACKED}", f"{name}.out_proj"]
         own = [f"{name}.{p}" for p, _ in module.named_parameters(recurse=False) if name]
-        found += [n for n in own if any(suffix(n, t) for t in parameters or ())]
+        found += [n for n in own if named(n, parameters)]
     if not found:
         raise SpecError(
-            f"target_modules {targets!r} name no module of this {type(model).__name__}",
+            f"target_modules {content.get('target_modules')!r} name no module of this "
+            f"{type(model).__name__}",
             remedy="load the adapter on the architecture that it was trained on",
         )
     return found
 
 
+def _as_set(targets: Any) -> Any:
+    """Targets in a list as a set, an expression as it is."""
+    return targets if isinstance(targets, str) else frozenset(targets or ())
+
+
 def _targeted(targets: Any, content: Mapping[str, Any], name: str) -> bool:
     """Whether PEFT's own rules mean a module."""
     excluded = content.get("exclude_modules") or ()
-    if expression(excluded, name) if isinstance(excluded, str) else _named(excluded, name):
+    if expression(excluded, name) if isinstance(excluded, str) else named(name, excluded):
         return False
     saved = content.get("modules_to_save") or ()
     if any(expression(rf"(.*\.)?({s})(\..*)?", name) for s in saved):
@@ -208,13 +259,9 @@ def _targeted(targets: Any, content: Mapping[str, Any], name: str) -> bool:
         return expression(targets, name)
     layers = content.get("layers_to_transform")
     if name in targets or layers in (None, []):  # PEFT asks no layer of what is named in full
-        return _named(targets, name)
+        return named(name, targets)
     wanted = {layers} if isinstance(layers, int) else {*layers}
-    return _named(targets, name) and _layer(name, content.get("layers_pattern")) in wanted
-
-
-def _named(targets: Iterable[str], name: str) -> bool:
-    return any(suffix(name, t) for t in targets)
+    return named(name, targets) and _layer(name, content.get("layers_pattern")) in wanted
 
 
 def _layer(name: str, pattern: Any) -> int | None:
@@ -274,11 +321,13 @@ def _patterns(
         if patterns and model is None:
             raise _expressions(f"{key} holds expressions")
         by_value: dict[Any, list[str]] = {}
-        for name in adapted if patterns else ():
+        left = list(adapted)
+        for pattern, value in patterns.items():  # the first that matches holds
             # of an nn.MultiheadAttention, PEFT asks for both of its parts at once
-            asked = name.removesuffix(f".{PACKED}")
-            found = next((p for p in patterns if expression(rf"(.*\.)?({p})", asked)), None)
-            if found is not None:
-                by_value.setdefault(patterns[found], []).append(name)
+            asked = rf"(.*\.)?({pattern})"
+            found = {n for n in left if expression(asked, n.removesuffix(f".{PACKED}"))}
+            by_value.setdefault(value, []).extend(n for n in left if n in found)
+            left = [n for n in left if n not in found]
+        by_value = {value: names for value, names in by_value.items() if names}
         overrides += [{"name": names, option: value} for value, names in by_value.items()]
     return {"overrides": overrides} if overrides else {}

@@ -64,6 +64,7 @@ class Refusal:
     site: Site
     rule: int
     reason: str
+    other_kind: bool = False  # a glob may pass over what a method is not for
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,7 @@ def resolve(
                 assert isinstance(part, Site)
                 placed.append(Placement(part, method, number, rule.where))
             else:
-                refusals.append(Refusal(site, number, reason))
+                refusals.append(Refusal(site, number, reason, site.kind not in method.kinds))
         if not placed:
             computed = next((s for s in matched if s.computed), None)
             if computed is not None:
@@ -210,7 +211,9 @@ def resolve(
                 remedy="name sites that the method acts at",
             )
         placements += _over(placed)
-    refusals = [r for r in refusals if _worth_telling(r, placements)]
+    # a glob that names a module means its weight: that its bias was not meant is no news
+    told = {(p.rule, p.site.module) for p in placements}
+    refusals = [r for r in refusals if (r.rule, r.site.module) not in told]
     placements = _same_tensor(placements)
     _clashes(placements)
     for p in placements:
@@ -336,13 +339,6 @@ def _partly(rule: Rule, site: Site) -> str | None:
 
 def _width(site: Site) -> int:
     return site.shape[0] if len(site.shape) == 1 else site.out_features
-
-
-def _worth_telling(refusal: Refusal, placements: list[Placement]) -> bool:
-    """A glob that names a module means its weight: that its bias was not meant is no news."""
-    return not any(
-        p.rule == refusal.rule and p.site.module == refusal.site.module for p in placements
-    )
 
 
 def _nothing(rule: Rule, known: list[Site], roles: Roles | None) -> PlanError:

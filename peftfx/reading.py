@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -13,7 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftfx import files, fingerprint, own_format, peft_config, peft_format, peft_prompts
+from peftfx import (
+    files,
+    fingerprint,
+    own_format,
+    peft_config,
+    peft_format,
+    peft_prompts,
+    strict_json,
+)
 from peftfx import tensors as tensor_files
 from peftfx.binding import Binding, Tensors, binding_of, parameter
 from peftfx.checkpoint import Stored, base_parameter, matched, same_keys
@@ -27,7 +34,7 @@ from peftfx.own_format import Layout
 from peftfx.plans import Plan, make_plan
 from peftfx.spec import Spec
 
-MAX_CONFIG = 16 * 2**20
+MAX_CONFIG, MAX_VALUES = 16 * 2**20, 500_000
 
 
 def read(
@@ -64,19 +71,26 @@ def stored(
             and a file that takes them is refused.
     """
     path = Path(directory)
-    files.recover(path)
     return files.read_whole(path, lambda: _stored(model, path, example, adapter, on_base))
 
 
 def _stored(
     model: nn.Module, path: Path, example: Any, adapter: str | None, on_base: bool
 ) -> Stored:
-    spec, layout, weights, known = _describe(path, model)
+    spec, layout, weights, known, beside = _describe(path, model)
+    header = tensor_files.read_header(weights)  # before a plan is made for what cannot be read
     binding = binding_of(model)
     base = _Base(model, binding) if on_base else None
 
     def on(plan: Plan) -> Stored:
-        values = _values(plan, layout, weights, base)
+        other = beside and peft_config.difference(model, plan, beside, example)
+        if other:
+            raise CheckpointError(
+                f"{own_format.CONFIG} and {peft_format.CONFIG} do not say the same: {other}",
+                where=str(path),
+                remedy=f"delete {own_format.CONFIG} if PEFT's configuration is the right one",
+            )
+        values = _values(plan, layout, weights, header, base)
         if on_base:
             _check_base(model, binding, plan, known)
         return Stored(spec, plan, _on_sites(model, plan, spec, values, on_base), known)
@@ -94,8 +108,10 @@ def _stored(
         return on(plan)
 
 
-def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
-    """Spec, layout, weight file and fingerprints of a saved adapter."""
+def _describe(
+    path: Path, model: nn.Module
+) -> tuple[Spec, Layout, Path, Any, dict[str, Any] | None]:
+    """Spec, layout, weight file, fingerprints, and PEFT's configuration beside our own file."""
     if not path.is_dir():
         raise CheckpointError("there is no such directory", where=str(path))
     # a link to what was not downloaded is there, and cannot be read
@@ -129,28 +145,24 @@ def _describe(path: Path, model: nn.Module) -> tuple[Spec, Layout, Path, Any]:
             spec = peft_config.spec_from_config(config, model)
         else:
             raise SpecError("it has neither peftfx.json nor adapter_config.json")
-    except (SpecError, TypeError, AttributeError, KeyError) as error:
+    except SpecError as error:
         raise CheckpointError(
             f"the configuration is not usable: {error}", where=str(path)
         ) from error
     prompts = any(isinstance(r.method.peft, PromptForm) for r in spec.rules)
     directory: Layout = peft_prompts.Directory() if prompts else peft_format.Directory()
-    return spec, (directory if is_peft else own_format.Directory()), weights, known
+    layout = directory if is_peft else own_format.Directory()
+    return spec, layout, weights, known, config if own is not None else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
-        if len(dict(items)) != len(items):
-            raise CheckpointError("a key stands twice", where=str(path))
-        return dict(items)
-
     try:
         with files.open_regular(path) as stream:
             data = stream.read(MAX_CONFIG + 1)
         if len(data) > MAX_CONFIG:
             raise CheckpointError(f"larger than {MAX_CONFIG} bytes", where=str(path))
-        content = json.loads(data, object_pairs_hook=pairs)
-    except (OSError, ValueError, RecursionError) as error:
+        content = strict_json.parse(data, MAX_VALUES)
+    except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"not readable as JSON: {error}", where=str(path)) from None
@@ -178,8 +190,9 @@ class _Base:
                 )
 
 
-def _values(plan: Plan, layout: Layout, weights: Path, base: _Base | None) -> list[Tensors]:
-    header = tensor_files.read_header(weights)
+def _values(
+    plan: Plan, layout: Layout, weights: Path, header: tensor_files.Header, base: _Base | None
+) -> list[Tensors]:
     expected = layout.file_keys(plan.placements)
     known = base.names if base is not None else set()
     named = {key: layout.of_base(key) or "" for key in set(header) - expected}

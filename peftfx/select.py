@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,19 @@ class Selector:
     def __str__(self) -> str:
         return ", ".join(f"{k}: {v}" for k, v in self.to_dict().items()) or "everything"
 
+    @functools.cached_property
+    def _names(self) -> Globs:
+        return Globs(self.name)
+
+    @functools.cached_property
+    def _excluded(self) -> Globs:
+        return Globs(self.except_)
+
+    @property
+    def patterns(self) -> tuple[str, ...]:
+        """The globs that are tried on every name."""
+        return (*self._names.others, *self._excluded.others)
+
     def asks(self, role: str) -> bool:
         """Whether *role* is asked for, by its name or its group's (``attention``, ``mlp``)."""
         return role in self.role or role.rpartition(".")[0] in self.role
@@ -72,12 +85,12 @@ class Selector:
         """Whether *site* is meant. *layer_count* is the number of blocks in its stack."""
         within = method.acts == "parameter"
         return (
-            (not self.name or _named(self.name, site, within))
+            (not self.name or self._names.match(_names_of(site, within)))
             and (not self.role or any(self.asks(r) for r in site.roles))
             and (not self.kind or site.kind in self.kind)
             and (self.layers is None or site.layer in self._indexes(layer_count))
             and (not self.stack or site.stack in self.stack)
-            and not (self.except_ and _excluded(self.except_, site))
+            and not (self.except_ and self._excluded.match(_paths_of(site)))
             and (within or site.kind != "parameter" or self._asks_for_bare(site))
         )
 
@@ -137,11 +150,11 @@ def _layers(value: Any) -> str | int | tuple[int, ...] | None:
     )
 
 
-def _named(globs: tuple[str, ...], site: Site, within: bool) -> bool:
-    """Whether a glob matches one of the site's names.
+def _names_of(site: Site, within: bool) -> set[str]:
+    """What a glob may match: parameter names and their modules, under every path of the module.
 
-    Tried are parameter names and their modules, under every path of the module. *within*, for
-    methods that act on the tensor itself: also the names it is tied to, and all modules around.
+    *within*, for methods that act on the tensor itself: also the names it is tied to, and all
+    modules around.
     """
     tried: set[str] = set()
     same = [f"{path}.{site.parameter}" for path in site.paths]
@@ -154,22 +167,57 @@ def _named(globs: tuple[str, ...], site: Site, within: bool) -> bool:
             module = module.rpartition(".")[0]
             tried.add(module)
     tried.discard("")
-    return any(glob_matches(g, n) for g in globs for n in tried)
+    return tried
 
 
-def _excluded(globs: tuple[str, ...], site: Site) -> bool:
-    """Whether a glob matches the site or a module around it; a tied other name does not count."""
+def _paths_of(site: Site) -> set[str]:
+    """What ``except`` may match: the site and the modules around it, and no tied other name."""
     path, tried = site.module, {site.name}
     while path:
         tried.add(path)
         path = path.rpartition(".")[0]
-    return any(glob_matches(g, n) for g in globs for n in tried)
+    return tried
+
+
+class Globs:
+    """Globs as a set: names, and ends of names (``*.name``), are looked up; the others are tried.
+
+    So a spec that lists every module of a large model takes no time of their number's square.
+    """
+
+    def __init__(self, globs: Iterable[str]) -> None:
+        plain = {g for g in globs if _SPECIAL.isdisjoint(g.removeprefix("*."))}
+        self.names = {g for g in plain if not g.startswith("*.")}
+        self.ends = {g[2:] for g in plain - self.names}
+        self.others = tuple(g for g in globs if g not in plain)
+
+    def match(self, names: Iterable[str]) -> bool:
+        """Whether one of the globs matches one of the *names*."""
+        return any(
+            name in self.names
+            or (bool(self.ends) and any(end in self.ends for end in _ends(name)))
+            or any(glob_matches(g, name) for g in self.others)
+            for name in names
+        )
+
+
+_SPECIAL = frozenset("*?[")
+
+
+def _ends(name: str) -> Iterator[str]:
+    """What stands behind each dot."""
+    at = name.find(".")
+    while at >= 0:
+        yield name[at + 1 :]
+        at = name.find(".", at + 1)
 
 
 @functools.lru_cache(maxsize=65536)
 def glob_matches(glob: str, name: str) -> bool:
     """``*`` any run, ``?`` one character, ``[ab]`` one of a set. Time is |glob|·|name| at most."""
     tokens = _tokens(glob)
+    if sum(t != "*" for t in tokens) > len(name):
+        return False
     at, star, back = 0, -1, 0
     i = 0
     while i < len(name):

@@ -27,6 +27,8 @@ from peftfx.site import Site
 from peftfx.spec_file import Document, Path_, read
 
 VERSION = 1
+MAX_RULES = 1000  # with their overrides
+MAX_PATTERNS = 16 * 1024  # characters of globs, each of which is tried on every name
 DTYPES = ("float32", "base")
 
 
@@ -197,7 +199,25 @@ def _parse(document: Document) -> Spec:
         raise SpecError(
             "a spec has a list of `rules`, with one at least", where=document.where(("rules",))
         )
+    overrides = sum(
+        len(r.get("overrides") or ())
+        for r in rules
+        if isinstance(r, Mapping) and isinstance(r.get("overrides"), (list, tuple))
+    )
+    if len(rules) + overrides > MAX_RULES:
+        raise SpecError(
+            f"more than {MAX_RULES} rules and overrides",
+            where=document.where(("rules",)),
+            remedy="join rules of one method by lists of names, or globs",
+        )
     parsed = [_rule(document, ("rules", i), rule) for i, rule in enumerate(rules)]
+    selectors = [s for r in parsed for s in (r.selector, *(o.selector for o in r.overrides))]
+    if sum(len(pattern) for s in selectors for pattern in s.patterns) > MAX_PATTERNS:
+        raise SpecError(
+            f"globs of more than {MAX_PATTERNS} characters in all",
+            where=document.where(("rules",)),
+            remedy="names that are written out, and `*.name`, may be as many as there are modules",
+        )
     path = document.file if document.lines else None
     return Spec(tuple(parsed), strict, dtype, VERSION, path)
 

@@ -21,6 +21,7 @@ from peftfx.files import open_regular
 
 MAX_BYTES = 64 * 1024  # a spec is a page of text; some YAML scanners are quadratic in its size
 MAX_DEPTH = 16
+MAX_EVENTS = 10_000  # of YAML, two or three to a value
 
 Path_ = tuple[str | int, ...]
 
@@ -103,6 +104,12 @@ def _yaml(text: str, file: str, lines: dict[Path_, int]) -> Any:
             ):
                 raise SpecError("a spec is one document", where=f"{file}:{line}")
             events.append(event)
+            if len(events) > MAX_EVENTS:
+                raise SpecError(
+                    "the file holds too many values",
+                    where=f"{file}:{line}",
+                    remedy="write names as globs, or several specs",
+                )
     except SpecError:
         raise
     except MarkedYAMLError as error:
@@ -197,13 +204,21 @@ def _json(text: str, file: str, lines: dict[Path_, int]) -> Any:
     return values
 
 
+_DOTTED = re.compile(  # tomllib takes the square of a key's dots
+    r"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){32}"""
+)
+
+
 def _toml(text: str, file: str, lines: dict[Path_, int]) -> Any:
+    if found := _DOTTED.search(text):
+        line = text.count("\n", 0, found.start()) + 1
+        raise SpecError("a name has more than 32 parts", where=f"{file}:{line}")
     try:
         values = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
-        found = re.search(r"at line (\d+)", str(error))
+        told = re.search(r"at line (\d+)", str(error))
         raise SpecError(
-            f"not TOML: {error}", where=f"{file}:{found.group(1) if found else 1}"
+            f"not TOML: {error}", where=f"{file}:{told.group(1) if told else 1}"
         ) from None
     _toml_lines(text, lines)
     _check_toml(values, file, 0)
@@ -228,9 +243,9 @@ def _toml_lines(text: str, lines: dict[Path_, int]) -> None:
     rule, override = -1, -1
     table: Path_ = ()
     for number, line in enumerate(text.splitlines(), 1):
-        header = re.match(r"\s*\[\[?\s*([A-Za-z0-9_.\-\s]+?)\s*\]\]?\s*(#.*)?$", line)
+        header = re.match(r"\s*+\[\[?+([A-Za-z0-9_.\- \t]++)\]", line)
         if header:
-            name = header.group(1).replace(" ", "")
+            name = re.sub(r"\s", "", header.group(1))
             if name == "rules":
                 rule, override = rule + 1, -1
                 table = ("rules", rule)

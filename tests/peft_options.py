@@ -122,6 +122,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("modules_to_save, of a target", _lora(modules_to_save=["layers.1.q_proj"])),
     Option("modules_to_save, that are not there",
            _lora(modules_to_save=["classifier", "score"])),
+    Option("fan_in_fan_out, which PEFT takes back", _lora(fan_in_fan_out=True)),
     Option("lora_bias", _lora(lora_bias=True)),
     Option("lora_dropout", _lora(lora_dropout=0.3)),
     Option("init_lora_weights", _lora(init_lora_weights="gaussian")),

@@ -6,7 +6,8 @@ PEFT's (0.21).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -27,17 +28,40 @@ def suffix(name: str, tail: str) -> bool:
     return name == tail or name.endswith("." + tail)
 
 
+def ends(name: str) -> Iterator[str]:
+    """All of PEFT's targets that name the module *name*."""
+    yield name
+    while name:
+        name = name.partition(".")[2]
+        yield name
+
+
+def named(name: str, targets: Collection[str]) -> bool:
+    """Whether one of PEFT's targets names the module; *targets* is a set where there are many."""
+    return any(end in targets for end in ends(name) if end)
+
+
 def expression(pattern: str, name: str) -> bool:
     """``re.fullmatch`` in linear time, whatever the expression."""
     import re2
 
     try:
-        return re2.fullmatch(pattern, name) is not None
+        return re2.fullmatch(pattern, name, _quiet()) is not None
     except re2.error as error:
         raise SpecError(
             f"the expression {pattern[:80]!r} is not supported: {error}",
             remedy="list the modules instead; look-around and back references are not read",
         ) from None
+
+
+@functools.cache
+def _quiet() -> Any:
+    """Options: what is wrong with an expression is told by an error, not on standard error."""
+    import re2
+
+    options = re2.Options()
+    options.log_errors = False
+    return options
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import pydantic
 
 from peftfx.errors import SpecError
 from peftfx.errors import nearest as nearest_name
+from peftfx.files import open_regular
 from peftfx.spec_file import Document, read
 
 
@@ -90,7 +92,7 @@ def read_rows(path: str, text: str, label: str) -> list[tuple[str, str]]:
     """Texts and labels of a CSV or JSONL file."""
     file = Path(path)
     try:
-        with file.open(encoding="utf-8", newline="") as stream:
+        with io.TextIOWrapper(open_regular(file), encoding="utf-8", newline="") as stream:
             rows: list[dict[str, Any]]
             if file.suffix == ".csv":
                 rows = list(csv.DictReader(stream))
@@ -100,7 +102,7 @@ def read_rows(path: str, text: str, label: str) -> list[tuple[str, str]]:
                 raise SpecError("data is .csv or .jsonl", where=path)
     except OSError as error:
         raise SpecError(f"cannot be read: {error.strerror}", where=path) from None
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise SpecError(f"not readable: {error}", where=path) from None
     if not rows:
         raise SpecError("there are no rows", where=path)

@@ -21,7 +21,7 @@ from peftfx.errors import CheckpointError, SpecError
 from peftfx.methods import lookup
 from peftfx.spec import Spec
 from tests.helpers import fill, relative
-from tests.peft_options import IDS, OPTIONS, Model, Option
+from tests.peft_options import IDS, OPTIONS, TWO, Model, Option
 
 EVERY = pytest.mark.parametrize("option", OPTIONS, ids=str)
 IGNORED = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning")
@@ -95,6 +95,64 @@ def test_configurations_go_both_ways(option: Option) -> None:
     assert sorted(n for n, p in again.named_parameters() if p.requires_grad) == sorted(
         n for n, p in first.named_parameters() if p.requires_grad
     )
+
+
+EDITS: list[tuple[dict[str, Any], str | None]] = [
+    ({"r": 4}, "rank of lora at decoder.layers.0.q_proj.weight is 3 in one and 4 in the other"),
+    ({"lora_alpha": 9}, "alpha of lora"),
+    ({"target_modules": ["q_proj"]}, "lora at decoder.layers.0.v_proj.weight in one of them"),
+    ({"target_modules": ["q_proj", "v_proj", "up"]}, "up.weight in one of them alone"),
+    ({"rank_pattern": {"q_proj": 5}}, "rank of lora"),
+    ({"use_dora": True}, "in one of them alone"),
+    ({"use_rslora": True}, "rank_stabilized"),
+    ({"modules_to_save": None}, "train at score"),
+    ({"bias": "all"}, "bitfit"),
+    ({"r": "3"}, "r"),
+    ({"peft_type": "IA3"}, ""),
+    ({"arrow_config": {"a": 1}}, "arrow_config"),
+    ({"target_modules": ["v_proj", "q_proj"]}, None),
+    ({"target_modules": r".*\.(q|v)_proj"}, None),
+    ({"base_model_name_or_path": "elsewhere", "inference_mode": False}, None),
+    ({"lora_bias": False, "rank_pattern": {}, "exclude_modules": None}, None),
+]
+
+
+@IGNORED
+@pytest.mark.parametrize(("change", "reason"), EDITS, ids=lambda v: str(v)[:40])
+def test_an_edited_configuration_is_not_passed_over(
+    change: dict[str, Any], reason: str | None, tmp_path: Path
+) -> None:
+    """PEFT's file beside ours says the same, or neither is taken."""
+    model: Any = base()
+    config = peft.LoraConfig(r=3, lora_alpha=5, target_modules=TWO, modules_to_save=["score"])
+    Backend(Spec.from_peft(config, model), "eager").bind(model, (IDS,))
+    fill(peftfx.parameters(model))
+    peftfx.save(model, tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    fresh: Any = base()
+    if reason is None:
+        peftfx.load(fresh, tmp_path, compile=False, example=(IDS,))
+        assert torch.equal(fresh(IDS), model(IDS))
+        return
+    with pytest.raises(CheckpointError, match="do not say the same") as caught:
+        peftfx.load(fresh, tmp_path, compile=False, example=(IDS,))
+    assert reason in str(caught.value) and not peftfx.is_adapted(fresh)
+
+
+@pytest.mark.slow
+@IGNORED
+@EVERY
+def test_what_peft_writes_again_is_the_same(option: Option, tmp_path: Path) -> None:
+    """Our directory, loaded and saved by PEFT in place: our file stays, and still fits."""
+    theirs(option).save_pretrained(tmp_path / "theirs")
+    ours: Any = base()
+    peftfx.load(ours, tmp_path / "theirs", trainable=True, compile=False, example=(IDS,))
+    peftfx.save(ours, tmp_path / "ours", format="peft")
+    peft.PeftModel.from_pretrained(base(), tmp_path / "ours").save_pretrained(tmp_path / "ours")
+    fresh: Any = base()
+    peftfx.load(fresh, tmp_path / "ours", compile=False, example=(IDS,))
+    assert torch.equal(fresh(IDS), ours(IDS))
 
 
 # -- what PEFT cannot say --------------------------------------------------------------------------

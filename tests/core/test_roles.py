@@ -179,3 +179,13 @@ def test_a_stack_is_chosen() -> None:
     rule = {"method": "lora", "role": "attention.query", "stack": "decoder", "layers": "last 1"}
     plan, _ = make_plan(by_name("bart").build(), {"rules": [rule]})
     assert [p.site.module for p in plan] == ["model.decoder.layers.1.self_attn.q_proj"]
+
+
+@pytest.mark.parametrize(
+    "name, count, stage", [("swin", 2, "layers.1."), ("convnext", 2, "stages.1."),
+                           ("segformer", 2, "stages.1.")],
+)  # fmt: skip
+def test_layers_are_stages_where_there_are_stages(name: str, count: int, stage: str) -> None:
+    model = by_name(name).build()
+    within = [s for s in sites(model) if s.layer is not None and f"{stage}" in s.module]
+    assert within and {(s.layer, s.layers) for s in within} == {(1, count)}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from peftfx.errors import SaveError, SpecError
 from peftfx.methods import lookup, names
 from peftfx.schema import schema
-from peftfx.select import Selector, glob_matches
+from peftfx.select import Globs, Selector, glob_matches
 from peftfx.site import Site
 from peftfx.spec import Spec
 
@@ -221,3 +221,14 @@ def test_layers(layers: Any, chosen: list[int]) -> None:
         if selector.matches(Site(f"l.{i}", "weight", "linear", (3, 4), layer=i), lora, 8)
     ]
     assert found == chosen
+
+
+WORDS = st.text(st.sampled_from("ab.*?["), max_size=8)
+
+
+@given(
+    st.lists(WORDS, max_size=5), st.lists(st.text(st.sampled_from("ab."), max_size=8), max_size=3)
+)
+def test_globs_together_are_each_of_them(globs: list[str], tried: list[str]) -> None:
+    """Those that are looked up mean what they mean when they are tried one by one."""
+    assert Globs(globs).match(tried) == any(glob_matches(g, n) for g in globs for n in tried)

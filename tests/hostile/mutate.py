@@ -105,7 +105,7 @@ def raw(random: Random, data: bytes) -> bytes:
 def lines(random: Random, data: bytes) -> bytes:
     """Text with lines left out, doubled, moved, indented, or with another value."""
     found = data.split(b"\n")
-    for _ in range(random.randint(1, 2)):
+    for _ in range(random.randint(1, 3)):
         at = random.randrange(len(found))
         action = random.randrange(6)
         if action == 0 and len(found) > 1:
@@ -135,7 +135,7 @@ def text(random: Random, data: bytes, keys: tuple[str, ...]) -> bytes:
         key, value = random.choice(list(json.loads(data).items()))
         return body[:-1] + f", {json.dumps(key)}: {json.dumps(value)}}}".encode()
     value = json.loads(data)
-    for _ in range(random.randint(1, 2)):
+    for _ in range(random.randint(1, 3)):
         value = tree(random, value, keys)
     return json.dumps(value).encode()
 
@@ -148,12 +148,13 @@ def safetensors(random: Random, data: bytes) -> bytes:
     if action == 0:
         return raw(random, data)
     if action == 1:
-        wrong = random.choice((0, 1, length - 1, length + 1, len(data), 2**24, 2**40, 2**64 - 1))
+        near = length + random.randint(-40, 40), random.getrandbits(random.randint(1, 64))
+        wrong = random.choice((0, 1, *near, len(data), 2**24, 2**40, 2**64 - 1))
         return struct.pack("<Q", wrong) + data[8:]
     if action == 2:
         at = random.randrange(max(len(body) // 4, 1)) * 4
-        value = random.choice((math.nan, math.inf, -math.inf, 0.0, 3e38))
-        body = body[:at] + struct.pack("<f", value) + body[at + 4 :]
+        value = struct.pack("<f", random.choice((math.nan, math.inf, -math.inf, 0.0, 3e38)))
+        body = body[:at] + random.choice((value, random.randbytes(4))) + body[at + 4 :]
     elif action == 3:
         body = raw(random, body)
     elif action == 4:

@@ -6,6 +6,8 @@ import json
 import os
 import stat
 import struct
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -200,6 +202,67 @@ CORPUS: dict[str, Callable[[Path], None]] = {
     "a directory": lambda d: _directory(d / "adapter_model.safetensors"),
     "a configuration's directory": lambda d: _directory(d / "adapter_config.json"),
 }  # fmt: skip
+_MOST = 16 * 2**20 - 100  # bytes that a configuration may have
+
+
+def _config(**changes: Any) -> Callable[[Path], None]:
+    """The configuration of PEFT alone."""
+
+    def edit(directory: Path) -> None:
+        (directory / "peftfx.json").unlink()
+        _edit_json("adapter_config.json", **changes)(directory)
+
+    return edit
+
+
+def _own(data: bytes) -> Callable[[Path], None]:
+    return lambda d: (d / "peftfx.json").write_bytes(data) and None
+
+
+def _weights_header(data: bytes) -> Callable[[Path], None]:
+    data = struct.pack("<Q", len(data)) + data
+    return lambda d: (d / "adapter_model.safetensors").write_bytes(data) and None
+
+
+def _rule(**changes: Any) -> Callable[[Path], None]:
+    return _edit_own(lambda own: own["spec"]["rules"][0].update(changes))
+
+
+def _numbers(count: int) -> list[str]:
+    return [f"{i:07d}" for i in range(count)]
+
+
+_EMPTY_TENSOR = b'"%07d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
+LARGE: dict[str, Callable[[], Callable[[Path], None]]] = {  # as large as may be, to cost the most
+    "lists": lambda: _own(b'{"a":[' + b"[]," * (_MOST // 3) + b"1]}"),
+    "as many lists as may be": lambda: _own(b'{"a":[' + b"[]," * 249_000 + b"1]}"),
+    "keys": lambda: _own(b"{" + b",".join(b'"%07d":0' % i for i in range(249_000)) + b"}"),
+    "mappings": lambda: _own(b'{"a":[' + b'{"a":0},' * 165_000 + b"1]}"),
+    "zeros": lambda: _own(b'{"a":[' + b"0," * 490_000 + b"1]}"),
+    "a header of lists": lambda: _weights_header(b'{"a":[' + b"[]," * 320_000 + b"1]}"),
+    "a header of keys": lambda: _weights_header(
+        b"{" + b",".join(b'"%07d":0' % i for i in range(320_000)) + b"}"
+    ),
+    "tensors": lambda: _weights_header(
+        b"{" + b",".join(_EMPTY_TENSOR % i for i in range(50_000)) + b"}"
+    ),
+    "targets": lambda: _config(target_modules=_numbers(240_000)),
+    "a long expression": lambda: _config(target_modules="|".join(_numbers(100_000))),
+    "stars": lambda: _config(target_modules=".*" * 100_000),
+    "patterns": lambda: _config(rank_pattern=dict.fromkeys(_numbers(2_000), 4), r=2),
+    "too many patterns": lambda: _config(rank_pattern=dict.fromkeys(_numbers(30_000), 4)),
+    "modules to save": lambda: _config(modules_to_save=_numbers(2_000)),
+    "layers": lambda: _config(layers_to_transform=list(range(240_000)), layers_pattern="x"),
+    "names": lambda: _rule(name=_numbers(100_000)),
+    "globs": lambda: _rule(name=["*a" * 500 + str(i) for i in range(3_000)]),
+    "short globs": lambda: _rule(name=[f"*a*{i % 10}" for i in range(3_200)]),
+    "overrides": lambda: _rule(overrides=[{"name": n, "rank": 3} for n in _numbers(990)]),
+    "rules": lambda: _edit_own(
+        lambda own: own["spec"].update(
+            rules=[{"method": "lora", "name": "*.q_proj", "rank": 2}] * 999
+        )
+    ),
+}
 FOREIGN: dict[str, dict[str, Any]] = {  # edits of a config that PEFT alone wrote
     "rank 10^10": {"r": 10**10},
     "rank 0": {"r": 0},
@@ -241,6 +304,47 @@ def test_hostile_files(tmp_path: Path, name: str) -> None:
     saved(tmp_path)
     CORPUS[name](tmp_path)
     refused(tmp_path)
+
+
+_COSTS = """
+import sys, time
+from pathlib import Path
+from tests.hostile.fuzz import limit_memory, resident
+from tests.hostile.test_corpus import LARGE, build, saved
+import peftfx
+from peftfx.errors import PeftfxError
+root, model = Path(sys.argv[1]), build()
+saved(root / "whole")
+peftfx.release(peftfx.load(model, root / "whole", compile=False))
+for name, edit in LARGE.items():
+    saved(root / name)
+    edit()(root / name)
+limit_memory()
+for name in LARGE:
+    for tries in range(5):  # another process may slow one down
+        start = time.process_time()
+        try:
+            peftfx.release(peftfx.load(model, root / name, compile=False))
+        except PeftfxError as error:
+            assert len(str(error)) < 5000, name
+        seconds = time.process_time() - start
+        print(f"{name}: {seconds:.2f} s")
+        if seconds < 1:
+            break
+    else:
+        raise AssertionError(name)
+"""
+
+
+@pytest.mark.slow
+def test_large_files_cost_little(tmp_path: Path) -> None:
+    """Within a second and 256 MiB, whatever a file holds: the bounds are set before it is read."""
+    done = subprocess.run(
+        [sys.executable, "-c", _COSTS, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -287,3 +391,36 @@ def test_specs_that_are_no_files(tmp_path: Path, ending: str, what: str) -> None
     }[what](file)
     with pytest.raises(SpecError, match="cannot be read"):
         Spec.load(file)
+
+
+_ROOM = 64 * 1024 - 40
+SPECS: dict[str, tuple[str, bytes]] = {
+    "a name of many parts": (".toml", b"a" + b".a" * (_ROOM // 2 - 10) + b"= 1"),
+    "a table's name of many parts": (".toml", b"[a" + b' . "a"' * (_ROOM // 6 - 10) + b"]"),
+    "a table's name in much room": (".toml", b"[" + b" " * _ROOM + b'"a"]'),
+    "lists in TOML": (".toml", b"a = [" + b"[]," * (_ROOM // 3 - 10) + b"]"),
+    "lists": (".yaml", b"rules: [" + b"[]," * (_ROOM // 3 - 10) + b"1]"),
+    "lists in JSON": (".json", b'{"rules": [' + b"[]," * (_ROOM // 3 - 10) + b"1]}"),
+    "pairs": (".yaml", b"rules: [" + b"a: b, " * (_ROOM // 6 - 10) + b"]"),
+    "keys": (".yaml", b"a:\n" * (_ROOM // 3)),
+    "braces": (".yaml", b"{" * _ROOM),
+    "rules": (".yaml", b"rules:\n" + b"- {method: lora, name: a}\n" * (_ROOM // 27)),
+}
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_large_specs_cost_little(tmp_path: Path, name: str) -> None:
+    ending, data = SPECS[name]
+    file = tmp_path / f"spec{ending}"
+    file.write_bytes(data)
+    Spec.parse({"rules": [LORA]}).dump(tmp_path / f"small{ending}")
+    Spec.load(tmp_path / f"small{ending}")  # imports are not counted
+    seconds = []
+    for _ in range(3):  # another process may slow one down
+        start = time.process_time()
+        with pytest.raises(SpecError):
+            Spec.load(file)
+        seconds.append(time.process_time() - start)
+        if seconds[-1] < 1:
+            return
+    raise AssertionError(seconds)

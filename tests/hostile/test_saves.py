@@ -108,10 +108,11 @@ def test_full_disk(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("call", ["mkdir", "fsync", "link", "open"])
+@pytest.mark.parametrize("call", ["mkdir", "fsync", "link", "open", "rename"])
 @pytest.mark.parametrize("after", range(4))
+@pytest.mark.parametrize("exchange", [True, False])
 def test_calls_that_find_no_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, after: int, exchange: bool
 ) -> None:
     target = tmp_path / "adapter"
     files.write_directory(target, {**OLD, "foreign": b"kept"})
@@ -127,12 +128,15 @@ def test_calls_that_find_no_room(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, call, full)
+        if not exchange:
+            patch.setattr(files, "_rename", kills.no_exchange)
         try:
             files.write_directory(target, NEW)
             expected = NEW
         except SaveError as error:
             assert "No space" in error.message
             expected = OLD
+    files.recover(target)  # as a reader does
     assert content(target) == {**expected, "foreign": b"kept"}
 
 
@@ -160,12 +164,9 @@ def test_what_others_write_meanwhile_stays(
 
 
 def test_without_an_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(source: Path, target: Path, flag: int) -> None:
-        raise OSError(22, "Invalid argument")
-
     target = tmp_path / "adapter"
     files.write_directory(target, OLD)
-    monkeypatch.setattr(files, "_rename", refuses)
+    monkeypatch.setattr(files, "_rename", kills.no_exchange)
     files.write_directory(target, NEW)
     assert content(target) == NEW and len(list(tmp_path.iterdir())) == 1
     target.rename(tmp_path / ".adapter.peftfx-old-1-aa")  # killed between the two renames
@@ -183,11 +184,14 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 _SAVER = """
 import sys, threading
-from peftfx.files import write_directory
+from peftfx import files
+from tests.hostile.kills import no_exchange
+if sys.argv[4] == "no":
+    files._rename = no_exchange
 def save(name):
     for i in range(int(sys.argv[2])):
         mine = b"%d.%d " % (name, i)
-        write_directory(sys.argv[1], {"a": mine * 2000, "b": mine})
+        files.write_directory(sys.argv[1], {"a": mine * 2000, "b": mine})
 threads = [threading.Thread(target=save, args=(int(sys.argv[3]) + k,)) for k in range(2)]
 for t in threads: t.start()
 for t in threads: t.join()
@@ -198,12 +202,18 @@ def whole(target: Path) -> tuple[bytes, bytes]:
     return (target / "a").read_bytes(), (target / "b").read_bytes()
 
 
-def test_eight_savers(tmp_path: Path) -> None:
-    """Four processes of two threads each, and a reader that never finds two versions mixed."""
+@pytest.mark.parametrize("exchange", ["yes", "no"])
+def test_eight_savers(tmp_path: Path, exchange: str) -> None:
+    """Four processes of two threads each, and a reader that never finds two versions mixed.
+
+    Beside them lies a file of somebody else's, which stays through all saves.
+    """
     target = tmp_path / "saves" / "adapter"
-    files.write_directory(target, {"a": b"0 " * 2000, "b": b"0 "})
+    files.write_directory(target, {"a": b"0 " * 2000, "b": b"0 ", "foreign": b"kept"})
     savers = [
-        subprocess.Popen([sys.executable, "-c", _SAVER, str(target), "60", str(2 * i)], env=PATH)
+        subprocess.Popen(
+            [sys.executable, "-c", _SAVER, str(target), "60", str(2 * i), exchange], env=PATH
+        )
         for i in range(4)
     ]
     reads = 0
@@ -214,6 +224,7 @@ def test_eight_savers(tmp_path: Path) -> None:
     assert [saver.returncode for saver in savers] == [0] * 4 and reads > 10
     a, b = whole(target)
     assert a == b * 2000 and b.endswith(b".59 ")
+    assert (target / "foreign").read_bytes() == b"kept"
     assert [f.name for f in target.parent.iterdir()] == ["adapter"]
 
 
