@@ -9,7 +9,7 @@ TORCH ?= 2.13.0
 # another Triton than the environment's, which has its own golden numbers
 TRITON ?= 3.6.0
 
-.PHONY: setup demo compare test test-slow test-sweep test-triton lint format bench test-versions clean
+.PHONY: setup demo compare test test-slow test-sweep test-triton test-laws lint format bench test-versions clean
 
 setup: $(VENV)/.done
 
@@ -38,6 +38,10 @@ test-sweep: setup
 test-triton: setup
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) "triton==$(TRITON)"
 	PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m pytest -q -m "not slow and not sweep and not gpu" -p no:cacheprovider tests/kernels/test_ahead.py
+
+# the laws on random models and specs: 10,000 without a compiler, 1,000 through torch.compile
+test-laws: setup
+	PEFTFX_EXAMPLES=10000 $(BIN)/python -m pytest -q -n 2 -m "not slow" -p no:cacheprovider tests/laws/test_laws.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ from torch import fx
 from peftfx import attention
 from peftfx.engine import VALUE, Context, Recorder, is_op
 from peftfx.errors import NotAdaptedError
-from peftfx.methods.method import decode
+from peftfx.methods.key import decode
 from peftfx.passes.insert import arguments
 
 CALLS = (F.scaled_dot_product_attention, torch._C._nn.scaled_dot_product_attention)

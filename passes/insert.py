@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from peftfx import dynamo
 from peftfx.engine import VALUE, Context, Recorder, is_op
-from peftfx.methods.method import decode
+from peftfx.methods.key import decode
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from peftfx import dynamo
 from peftfx.errors import BindError, NotAdaptedError
 from peftfx.hooks import hooked, unhook
 from peftfx.kernels.prefix_attention import op
-from peftfx.methods.method import decode
+from peftfx.methods.key import decode
 from peftfx.standing import stand_in
 
 _SCOPE = "_peftfx_scope"

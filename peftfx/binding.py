@@ -98,6 +98,11 @@ class Binding:
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The plain model inside what ``torch.compile``, DDP or accelerate put around it."""
+    if not isinstance(model, nn.Module):
+        raise BindError(
+            f"a {type(model).__name__} is no torch.nn.Module",  # type: ignore[unreachable]
+            remedy="pass the module itself, or what torch.compile made of it",
+        )
     while True:
         inner = model._modules.get("_orig_mod") or (
             model._modules.get("module") if hasattr(model, "require_backward_grad_sync") else None

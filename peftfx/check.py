@@ -25,6 +25,7 @@ def check(model: nn.Module, binding: Binding) -> None:
         reason = _amiss(model, binding, placement, on)
         if reason is not None:
             raise NotAdaptedError(reason, site=placement.site.name, remedy=SURGERY)
+        _check_devices(model, placement)
     if on and torch.is_grad_enabled():
         _check_frozen(model, binding)
 
@@ -39,6 +40,23 @@ _WAITS = {
         "load the base's state dict into the model, in one, or the adapter's values",
     ),
 }
+
+
+def _check_devices(model: nn.Module, p: Placement) -> None:
+    """Raises where a tensor of the adapter and the weight beside it are on two devices.
+
+    A weight on the meta device may be elsewhere while its module runs: offloaded ones are.
+    """
+    home = None if p.method.acts == "parameter" else parameter(model, p.site.like)
+    if home is None or home.is_meta:
+        return
+    for name, tensor in entry_of(model, p).tensors().items():
+        if tensor.device != home.device:
+            raise NotAdaptedError(
+                f"the adapter's {name!r} is on {tensor.device}, and the weight on {home.device}",
+                site=p.site.name,
+                remedy="move them together: model.to(device)",
+            )
 
 
 def _amiss(model: nn.Module, binding: Binding, p: Placement, on: bool) -> str | None:

@@ -20,6 +20,7 @@ import torch._dynamo
 from torch import fx, nn
 from torch._dynamo import exc
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils.hooks import RemovableHandle
 
 from peftfx.errors import BindError, PeftfxError
 
@@ -122,6 +123,15 @@ def surface(error: PeftfxError) -> Exception:
 
 
 _surfacing: dict[type[PeftfxError], type[Any]] = {}
+
+
+def remove_global(hook: RemovableHandle) -> None:
+    """Takes off a forward hook of all modules, and that it asked for keyword arguments.
+
+    torch forgets the latter, and warns from then on of hooks on all modules where one is compiled.
+    """
+    hook.remove()
+    nn.modules.module._global_forward_hooks_with_kwargs.pop(hook.id, None)
 
 
 def compile_options(**wanted: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from peftfx import attention, dynamo
 from peftfx.errors import NotAdaptedError, PlanError
 from peftfx.kernels.definition import Defined
-from peftfx.methods.method import OF_BASE, Acts, Method, decode
+from peftfx.methods.key import decode
+from peftfx.methods.method import OF_BASE, Acts, Method
 from peftfx.places import Places
 from peftfx.rungs import Rungs
 from peftfx.sequence import State

@@ -47,7 +47,7 @@ class Places:
 
     @property
     def state(self) -> str:
-        """That of a mark, see :class:`peftfx.methods.method.Key`."""
+        """That of a mark, see :class:`peftfx.methods.key.Key`."""
         return "skip" if self.goes_on else ""
 
     def of(self, y: Tensor) -> Tensor:

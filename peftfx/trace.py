@@ -281,7 +281,7 @@ class _Recorder(TorchFunctionMode):
             yield
         finally:
             pre.remove()
-            post.remove()
+            dynamo.remove_global(post)
 
     def _maker(self, tensor: Tensor | None) -> int | None:
         made = self.made.get(id(tensor))

@@ -1,12 +1,11 @@
 """The methods, one file each, and the protocol that they follow."""
 
+from peftfx.methods.key import Key, decode
 from peftfx.methods.method import (
     Calibration,
     Call,
-    Key,
     Method,
     Param,
-    decode,
     float_dtype,
     lookup,
     names,

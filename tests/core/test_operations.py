@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
-from torch.utils.checkpoint import checkpoint
 
 import peftfx
 from peftfx.backends import Backend
@@ -320,75 +319,12 @@ def test_dropout_masks() -> None:
     assert relative(output(model, x), a) > 1e-4  # another draw
 
 
-class Blocks(nn.Module):
-    """Two linears with an activation behind each, checkpointed or not."""
-
-    def __init__(self, checkpointing: bool) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(6, 9), nn.Linear(9, 5)])
-        self.checkpointing = checkpointing
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            run = nn.Sequential(layer, nn.Tanh())
-            x = checkpoint(run, x, use_reentrant=False) if self.checkpointing else run(x)
-        return x
-
-
-@pytest.mark.parametrize("lower", ["eager", "aot_eager"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_masks_of_the_backward(checkpointing: bool, lower: str) -> None:
-    """The gradient along a direction is the quotient of differences: it has the same masks."""
-    torch.manual_seed(0)
-    model, x = Blocks(checkpointing).double().train(), torch.randn(7, 6, dtype=torch.float64)
-    spec = {"rules": [{"method": "lora", "name": "*", "rank": 3, "dropout": 0.5}]}
-    peftfx.adapt(model, spec, (x,), lower=lower)  # type: ignore[arg-type]
-    parameters = peftfx.parameters(model)
-    fill(parameters)
-
-    def loss() -> Tensor:
-        torch.manual_seed(1)
-        return model(x).square().mean()
-
-    loss().backward()
-    direction = [torch.randn_like(p) for p in parameters]
-    slope = sum((p.grad * d).sum() for p, d in zip(parameters, direction, strict=True))  # type: ignore
-    step, ends = 1e-5, []
-    for sign in (1, -2):
-        with torch.no_grad():
-            for p, d in zip(parameters, direction, strict=True):
-                p.add_(d, alpha=sign * step)
-        ends.append(loss())
-    assert torch.isclose(slope, (ends[0] - ends[1]) / (2 * step), rtol=1e-6)
-
-
 def test_replaced_module_is_noticed() -> None:
     model, x = adapted()
     attention = model.model.layers[0].self_attn  # type: ignore[union-attr, index]
     attention.q_proj = nn.Linear(32, 32, bias=False)
     with pytest.raises(NotAdaptedError, match="was replaced"):
         output(model, x)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("name", ["llama", "bert"])
-def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
-    arch = by_name(name)
-    rule = {"method": "lora", "role": ["attention.query", "mlp.down"], "rank": 3}
-    grads = []
-    for checkpointing in (False, True):
-        torch._dynamo.reset()
-        model, x = arch.build(), arch.example()
-        peftfx.adapt(model, {"rules": [rule]}, lower="aot_eager", fullgraph=True)
-        fill(peftfx.parameters(model))
-        if checkpointing:
-            model.config.use_cache = False  # or HF warns, and that breaks the graph
-            model.gradient_checkpointing_enable({"use_reentrant": reentrant})  # type: ignore
-        model.train()
-        output(model, x).square().mean().backward()
-        grads.append([p.grad for p in peftfx.parameters(model)])
-    for a, b in zip(*grads, strict=True):
-        assert a is not None and b is not None and torch.allclose(a, b, atol=1e-6)
 
 
 def test_dynamic_lengths_recompile_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import peftfx
 from peftfx import files
 from peftfx.errors import CheckpointError, SaveError
 from tests.hostile import kills
@@ -180,6 +184,57 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
         with pytest.raises(SaveError):
             files.write_directory(target, NEW)
     assert (tmp_path / "file").read_text() == "x"
+
+
+_READ_ONLY = """
+import os, sys
+from pathlib import Path
+from peftfx import files
+from peftfx.errors import SaveError
+for name in ("adapter", "fresh", "below/fresh"):
+    try:
+        files.write_directory(Path(sys.argv[1]) / name, {"a": b"new"})
+        raise SystemExit(f"{name} was written")
+    except SaveError as error:
+        assert "Read-only" in error.message, error
+assert (Path(sys.argv[1]) / "adapter" / "a").read_bytes() == b"old"
+"""
+
+
+def test_read_only_disk(tmp_path: Path) -> None:
+    """A file system mounted so that nothing can be written; where mounts are allowed."""
+    mount = (
+        f"mount -t tmpfs tmpfs {tmp_path} && mkdir {tmp_path}/adapter "
+        f"&& printf old > {tmp_path}/adapter/a && mount -o remount,ro {tmp_path}"
+    )
+    tried = subprocess.run(["unshare", "-m", "sh", "-c", mount], capture_output=True, check=False)
+    if tried.returncode != 0:
+        pytest.skip("no right to mount")
+    run = f'{mount} && exec "$0" -c "$1" {tmp_path}'
+    done = subprocess.run(
+        ["unshare", "-m", "sh", "-c", run, sys.executable, _READ_ONLY],
+        env=PATH, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_calls_on_a_read_only_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Linear(4, 3)
+    peftfx.adapt(model, {"rules": [{"method": "lora", "name": "*", "rank": 2}]}, lower="eager")
+    peftfx.save(model, tmp_path / "adapter")
+    held = content(tmp_path / "adapter")
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def refuses(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    for call in ("mkdir", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, refuses)
+            with pytest.raises(SaveError, match="Read-only"):
+                peftfx.save(model, tmp_path / "adapter")
+    assert content(tmp_path / "adapter") == held
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
 
 
 _SAVER = """

@@ -254,6 +254,14 @@ def _(b: Bench) -> Any:
     b.run()
 
 
+@situation("an adapter's tensors on another device", NotAdaptedError)
+def _(b: Bench) -> Any:
+    run = b.run()
+    run(X)
+    b.model.get_submodule("up.peftfx.lora").to("meta")
+    run(X)
+
+
 # -- the meta device -------------------------------------------------------------------------------
 
 
