@@ -119,18 +119,18 @@ def _site(node: fx.Node) -> _Site | None:
         return None
     op, args = target._schema.name.removeprefix("peftfx::"), list[Any](node.args)
     if op == "low_rank_linear_group":
-        x, *lists = args
-        return _Site(node, op, x, None, *lists, drops=False)
+        x, weights, biases, a, b, shifts, scales = args
+        return _Site(node, op, x, None, weights, biases, a, b, shifts, scales, drops=False)
     if op == "low_rank_linear":
         x, weight, bias, a, b, shift, scale, seed, *_ = args
-        wide = {"base": None, "weights": [weight], "biases": [bias]}
+        base, weights, biases = None, [weight], [bias]
     elif op == "low_rank_add":
-        y, x, a, b, shift, scale, seed, *_ = args
-        wide = {"base": y, "weights": [], "biases": [None]}
+        base, x, a, b, shift, scale, seed, *_ = args
+        weights, biases = [], [None]
     else:
         return None
-    thin = {"A": [a], "B": [b], "lora_biases": [shift], "scales": [scale]}
-    return _Site(node, op, x, **wide, **thin, drops=seed is not None)
+    drops = seed is not None
+    return _Site(node, op, x, base, weights, biases, [a], [b], [shift], [scale], drops)
 
 
 @dataclass(frozen=True)

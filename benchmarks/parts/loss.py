@@ -32,7 +32,8 @@ GPU = {
 
 
 def cases(setting: Setting) -> Mapping[str, Measure]:
-    heads, rows = GPU, (2048, 4096, 8192)
+    heads: Mapping[str, tuple[int, int]] = GPU
+    rows: tuple[int, ...] = (2048, 4096, 8192)
     if not setting.gpu:
         heads, rows = {"SmolLM 135M's": (576, 49152)}, (512, 1024)
     if setting.tiny:

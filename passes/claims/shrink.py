@@ -94,7 +94,9 @@ def price(op: str, args: Sequence[Any], device: Device | None) -> float | None:
     memory = rates.gigabytes * 1e9 * filled
     flops = 2 * shape.m * shape.k * shape.r
     most = max(
-        flops / (rates.rate(shape) * filled), once / memory, (once + again) / (CACHE * memory)
+        flops / (rates.rate(shape.dtype, shape.tf32) * filled),
+        once / memory,
+        (once + again) / (CACHE * memory),
     )
     return most + 2 * rates.launch * 1e-6  # A is joined and rounded first
 

@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peftfx.errors import MergeError, PlanError, SpecError
+from peftfx.kernels.bottleneck.op import ACTIVATIONS
 from peftfx.methods.additive import kaiming
-from peftfx.methods.bottleneck import ACTIVATIONS
 from peftfx.methods.method import Call, Method, Param, Tensors, option
 from peftfx.site import OUTPUT, Site
 
