@@ -79,7 +79,7 @@ def measure(
         ratio = statistics.median(ratios)
         yield f"{name} {ratio:.3f} of the library's rate", Table({name: ratio})
     if wrong:
-        raise GraphError("; ".join(wrong))
+        raise GraphError("; ".join(wrong), remedy="PEFTFX_FORMS=accumulate takes the library's")
 
 
 def _sound(wrong: list[str], one: Sizes, found: Iterator[Any]) -> Iterator[Any]:
