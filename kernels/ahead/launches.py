@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftfx.kernels.devices import KNOWN
+from peftfx.kernels.devices import KNOWN, Device
 from peftfx.kernels.low_rank_linear.calls import Operands, Sizes
 from peftfx.kernels.low_rank_linear.configs import Config, Shape, shipped_config
 from peftfx.kernels.low_rank_linear.runner import Runner
@@ -83,32 +83,48 @@ class _Recorder(Runner):
 
 def launches(target: str, dtype: torch.dtype) -> Iterator[Launch]:
     """The launches of :data:`CALLS` on a device of *target*, each kind of code once."""
+    return _distinct(_calls(target, dtype))
+
+
+def producers(target: str, dtype: torch.dtype) -> Iterator[Launch]:
+    """Those of :data:`SHRINKS`."""
+    return _distinct(_shrinks(target, dtype))
+
+
+def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
+    """The tiles that all of them use, with the kernels' names."""
+    runs = (*_calls(target, dtype), *_shrinks(target, dtype))
+    return {pair for run in runs for pair in run.used}
+
+
+def _distinct(runs: Iterator[_Recorder]) -> Iterator[Launch]:
     seen: set[str] = set()
-    for run in _runs(target, dtype):
+    for run in runs:
         for launch in run.found:
             if launch.name not in seen:
                 seen.add(launch.name)
                 yield launch
 
 
-def tiles(target: str, dtype: torch.dtype) -> set[tuple[str, Config]]:
-    """The tiles that those launches use, with the kernels' names."""
-    return {pair for run in _runs(target, dtype) for pair in run.used}
-
-
-def _runs(target: str, dtype: torch.dtype) -> Iterator[_Recorder]:
-    device = next(d for d in KNOWN.values() if d.target == target)
-
-    def make(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
+def _calls(target: str, dtype: torch.dtype) -> Iterator[_Recorder]:
     for sizes, descriptors in CALLS:
-        run = _Recorder(device, configs=shipped_config, descriptors=descriptors)
-        operands = Operands.of(sizes, dtype, make)
+        run = _Recorder(_device(target), configs=shipped_config, descriptors=descriptors)
+        operands = Operands.of(sizes, dtype, _make)
         _, s = operands.forward(run)
         operands.backward(run, s)
         yield run
+
+
+def _shrinks(target: str, dtype: torch.dtype) -> Iterator[_Recorder]:
     for one in SHRINKS:
-        run = _Recorder(device, configs=shipped_config)
-        FORMS[one.op](run, *one.arguments(dtype, make))
+        run = _Recorder(_device(target), configs=shipped_config)
+        FORMS[one.op](run, *one.arguments(dtype, _make))
         yield run
+
+
+def _device(target: str) -> Device:
+    return next(d for d in KNOWN.values() if d.target == target)
+
+
+def _make(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")

@@ -24,7 +24,7 @@ from peftfx.kernels.measured import triton_version
 FILE = Path(__file__).parent / "resources.json"
 KERNELS = (
     "low_rank_linear/triton.py", "low_rank_linear/factors/triton.py",
-    "low_rank_linear/descriptors/triton.py", "philox/triton.py", "shrink/triton.py",
+    "low_rank_linear/descriptors/triton.py", "philox/triton.py",
 )  # fmt: skip
 VARIANTS = (  # target:dtype, with /tf32 where fp32 products may be made so
     "sm_80:bfloat16", "sm_80:float32", "sm_80:float32/tf32",
@@ -61,9 +61,9 @@ def _order(version: str) -> list[int]:
 
 def sources() -> str:
     """Identifies the kernels' code and the calls that they are compiled for, comments left out."""
-    from peftfx.kernels.ahead.launches import CALLS, SHRINKS
+    from peftfx.kernels.ahead.launches import CALLS
 
-    found = hashlib.sha256(repr((CALLS, SHRINKS)).encode())
+    found = hashlib.sha256(repr(CALLS).encode())
     for name in KERNELS:
         text = (FILE.parents[1] / name).read_text()
         for token in tokenize.generate_tokens(io.StringIO(text).readline):

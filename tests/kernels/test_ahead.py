@@ -62,6 +62,12 @@ def test_other_dtypes(variant: str) -> None:
     check(variant)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["sm_90:bfloat16", "gfx942:float32"])
+def test_producers(variant: str) -> None:
+    holds(variant, compiled(["--producers", variant])[variant])
+
+
 @pytest.mark.parametrize("version", ["3.6", "3.9"])
 def test_recorded(version: str) -> None:
     """Of a Triton that is not here too: every variant is there, made from these sources and for
