@@ -119,17 +119,17 @@ def _site(node: fx.Node) -> _Site | None:
         return None
     op, args = target._schema.name.removeprefix("peftfx::"), list[Any](node.args)
     if op == "low_rank_linear_group":
-        x, *lists = args
-        return _Site(node, op, x, None, *lists, drops=False)
+        x, weights, biases, A, B, shifts, scales = args
+        return _Site(node, op, x, None, weights, biases, A, B, shifts, scales, False)
     if op == "low_rank_linear":
         x, weight, bias, a, b, shift, scale, seed, *_ = args
-        wide = {"base": None, "weights": [weight], "biases": [bias]}
+        wide: dict[str, Any] = {"base": None, "weights": [weight], "biases": [bias]}
     elif op == "low_rank_add":
         y, x, a, b, shift, scale, seed, *_ = args
         wide = {"base": y, "weights": [], "biases": [None]}
     else:
         return None
-    thin = {"A": [a], "B": [b], "lora_biases": [shift], "scales": [scale]}
+    thin: dict[str, Any] = {"A": [a], "B": [b], "lora_biases": [shift], "scales": [scale]}
     return _Site(node, op, x, **wide, **thin, drops=seed is not None)
 
 
