@@ -148,9 +148,9 @@ def start_of(spec: Any) -> float:
 
 def merges(spec: Any) -> bool:
     """Whether all methods of a spec can be merged, with the options that it gives them."""
-    ever = {row.method for row in ROWS if row.merges}
+    never = {row.method for row in ROWS} - {row.method for row in ROWS if row.merges}
     return all(
-        rule["method"] in ever
+        rule["method"] not in never
         and not any(
             row.method == rule["method"] and all(rule.get(k) == v for k, v in row.options.items())
             for row in ROWS

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from peftfx import peft_support
 from peftfx.cli import app, console, sizes
@@ -123,7 +123,8 @@ def methods(
     if as_json:
         print(json.dumps(content, indent=2))
         return
-    table = Table("method", "acts at", "about", "7B trains", "where", "options")
+    count = Column("7B trains", justify="right", no_wrap=True, min_width=len("1,000,000,000"))
+    table = Table("method", "acts at", "about", count, "where", "options")
     for name, about in content.items():
         options = ", ".join(f"{o}={v['default']}" for o, v in about["options"].items())
         found = about["llama_7b"]
