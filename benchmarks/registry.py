@@ -15,8 +15,8 @@ from torch import nn
 from peftfx.kernels.timing import Clock, Run, clock
 
 PARTS = (  # modules of benchmarks.parts, in the order in which they run
-    "tests", "figures", "products", "forms", "k_augmented", "linear", "lorafusion", "layer", "decode",
-    "training", "train_step", "first_step", "marks", "prefix_attention",
+    "tests", "figures", "products", "forms", "k_augmented", "linear", "lorafusion", "layer",
+    "decode", "training", "train_step", "first_step", "marks", "prefix_attention",
 )  # fmt: skip
 
 
