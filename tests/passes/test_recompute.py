@@ -149,5 +149,5 @@ def test_what_the_user_checkpoints_is_left() -> None:
     graph.output((y, out))
     for node in (x, y, tangent, out):
         node.meta["val"] = torch.ones(4, 4)
-    assert Recompute()(graph) == 1 and "recompute" in y.meta
-    assert Recompute()(graph) == 0  # it has tags now: somebody has chosen
+    assert Recompute()(graph, engine.Step("recompute")) == 1 and "recompute" in y.meta
+    assert Recompute()(graph, engine.Step("recompute")) == 0  # it has tags now: somebody has chosen
