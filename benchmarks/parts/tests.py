@@ -19,7 +19,7 @@ TARGET = ""
 DEVICES = ("cuda",)
 ROOT = Path(__file__).parents[2]
 FILES = (  # of tests/kernels
-    "test_low_rank_kernels", "test_fused", "test_in_use", "test_checked",
+    "test_low_rank_kernels", "test_fused", "test_shrink", "test_in_use", "test_checked",
     "test_linear_cross_entropy", "test_prefix_attention", "test_sparse_add",
 )  # fmt: skip
 WORKERS = 4  # most of the time goes into compiling
