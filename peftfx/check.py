@@ -45,10 +45,12 @@ _WAITS = {
 def _check_devices(model: nn.Module, p: Placement) -> None:
     """Raises where a tensor of the adapter and the weight beside it are on two devices.
 
-    A weight on the meta device may be elsewhere while its module runs: offloaded ones are.
+    A weight on the meta device may be elsewhere while its module runs: offloaded ones are. One that
+    is computed of others, as a parametrized one is, is no parameter here.
     """
-    home = None if p.method.acts == "parameter" else parameter(model, p.site.like)
-    if home is None or home.is_meta:
+    path, _, leaf = p.site.like.rpartition(".")
+    home = model.get_submodule(path)._parameters.get(leaf)
+    if p.method.acts == "parameter" or home is None or home.is_meta:
         return
     for name, tensor in entry_of(model, p).tensors().items():
         if tensor.device != home.device:

@@ -294,7 +294,7 @@ CHANGED: dict[str, Any] = {  # another value of each option, by its name
     "first": 0.5, "seed": 5, "inputs": 9, "outputs": 9, "both": True, "split": 2,
     "at": "input", "block": 2, "terms": 8, "share": True, "orthogonal": True, "l2_sp": 0.1,
     "ids": [2, 5], "density": 0.4, "mask": "magnitude", "structure": "row", "budget": 0.2,
-    "strength": 2.0,
+    "strength": 2.0, "gate": "token",
 }  # fmt: skip
 NEEDS: dict[str, dict[str, Any]] = {  # what a method, or another value of an option, goes with
     "tokens": {"name": "embed_tokens", "ids": [1]},
@@ -327,11 +327,12 @@ def test_what_peft_can_say(method: str, option: str, theirs: str | None) -> None
     needs = {**small, **NEEDS.get(method, {}), **NEEDS.get(option, {})}
     rule = {"method": method, "name": "*.q_proj", **needs}
     before = Spec.parse({"rules": [rule]}).to_peft(model, (IDS,)) if theirs else {}
-    spec = Spec.parse({"rules": [{**rule, option: CHANGED[option]}]})
+    changed = {"rules": [{**rule, option: CHANGED[option]}]}
     if theirs is None:
-        with pytest.raises(CheckpointError):
-            spec.to_peft(model, (IDS,))
+        with pytest.raises((CheckpointError, SpecError)):
+            Spec.parse(changed).to_peft(model, (IDS,))
         return
+    spec = Spec.parse(changed)
     content = spec.to_peft(model, (IDS,))
     assert content[theirs] != before[theirs]
     made = peft.PeftConfig.from_peft_type(**content)
