@@ -27,7 +27,8 @@ def traces(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {n: p.requires_grad for n, p in model.named_parameters()}
     for path, module in model.named_modules():
         hooks = [k for k, v in vars(module).items() if k.endswith("_hooks") and v]
-        found[f"{path}:"] = (type(module), sorted(vars(module)), hooks, module.training)
+        own = sorted(vars(module).keys() - {"_is_torch_compile"})  # which torch.compile sets
+        found[f"{path}:"] = (type(module), own, hooks, module.training)
     return found
 
 
