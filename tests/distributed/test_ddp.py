@@ -8,7 +8,7 @@ import torch
 from tests.distributed.conftest import Gave
 
 SCENARIOS = "tests.distributed.ddp"
-pytestmark = pytest.mark.xdist_group("ddp")  # one launch for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ddp")]  # one launch for all
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tests.distributed.conftest import Gave
 from tests.helpers import relative
 
 SCENARIOS = "tests.distributed.fsdp"
-pytestmark = pytest.mark.xdist_group("fsdp")  # one launch for all
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("fsdp")]  # one launch for all
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:

@@ -76,6 +76,7 @@ def test_plan_check_explain(base: Path, tmp_path: Path) -> None:
     assert f"{spec}:4" in error.replace("\n", "") and "'rank'" in error
 
 
+@pytest.mark.slow
 def test_methods_schema_doctor(base: Path, tmp_path: Path) -> None:
     counts = {
         n: m["llama_7b"]["trainable"] for n, m in json.loads(run("methods", "--json")).items()
@@ -108,6 +109,7 @@ def test_methods_schema_doctor(base: Path, tmp_path: Path) -> None:
     assert json.loads(done.stdout)["versions"]["torch"] == torch.__version__
 
 
+@pytest.mark.slow
 def test_train(base: Path, tmp_path: Path) -> None:
     (tmp_path / "spec.yaml").write_text(SPEC)
     rows = ["text,label"] + ["the sky is red,a", "the sky is blue,b"] * 16

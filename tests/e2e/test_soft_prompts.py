@@ -66,9 +66,9 @@ def test_equal_to_peft(name: str, method: str) -> None:
 
 @pytest.mark.parametrize(
     "name, method",
-    [("bert", "prefix")] + [pytest.param(*case, marks=pytest.mark.slow)
-                            for case in (("llama", "prefix"), ("llama", "prompt"))],
-)  # fmt: skip
+    [("bert", "prefix"), ("llama", "prefix"), ("llama", "prompt")],
+)
+@pytest.mark.slow
 def test_through_inductor(name: str, method: str) -> None:
     _, reference, model = pair(name, method)
     x = inputs(name, "left")

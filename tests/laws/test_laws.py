@@ -199,12 +199,27 @@ def rewritten(
     assert all(p.grad is None for p in gm.parameters() if id(p) not in trained)
 
 
+@settings(max_examples=200)
+@given(layers, specs)
+def test_a_few_without_a_compiler(plan: Any, spec: Any) -> None:
+    check(plan, spec, None)
+
+
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES or 2000)
 @given(layers, specs)
 def test_without_a_compiler(plan: Any, spec: Any) -> None:
     check(plan, spec, None)
 
 
+@settings(max_examples=20)
+@given(layers, specs)
+def test_a_few_compiled(plan: Any, spec: Any) -> None:
+    torch._dynamo.reset()
+    check(plan, spec, "aot_eager")
+
+
+@pytest.mark.slow
 @settings(max_examples=EXAMPLES // 10 or 200)
 @given(layers, specs)
 def test_compiled(plan: Any, spec: Any) -> None:
