@@ -14,13 +14,18 @@ def parse(data: bytes, most: int) -> Any:
             between them: a hostile text of some megabytes makes gigabytes of empty lists.
 
     Raises:
-        ValueError: no JSON, a key that stands twice, too many values, or too deep.
+        ValueError: no JSON, a key that stands twice, too many values or too deep, half a character.
     """
     marks = sum(data.count(mark) for mark in (b",", b"[", b"{")) + data.count(b'"') // 2
     if marks > most:
         raise ValueError(f"it holds more than {most} values")
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_pairs)
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_pairs)
+        if b"\\u" in data:  # a half of a pair would fail wherever it is written or matched
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError:
+        raise ValueError("a string in it has half a character") from None
     except RecursionError:
         raise ValueError("it is nested too deep") from None
 

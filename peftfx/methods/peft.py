@@ -47,7 +47,7 @@ def expression(pattern: str, name: str) -> bool:
 
     try:
         return re2.fullmatch(pattern, name, _quiet()) is not None
-    except re2.error as error:
+    except (re2.error, UnicodeEncodeError) as error:  # half a character has no bytes to match
         raise SpecError(
             f"the expression {pattern[:80]!r} is not supported: {error}",
             remedy="list the modules instead; look-around and back references are not read",

@@ -274,6 +274,7 @@ FOREIGN: dict[str, dict[str, Any]] = {  # edits of a config that PEFT alone wrot
     "unknown meaning": {"use_dora": True},
     "bias": {"bias": "some"},
     "hostile pattern": {"rank_pattern": {"([a-z_]+)+!(": 4}},
+    "half a character": {"target_modules": "up\ud800"},
 }
 
 
