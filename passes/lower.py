@@ -60,6 +60,7 @@ class LowerPass:
             for node in found:  # forms may use ops of ours: another round lowers those
                 if not self._lower(graph, node):
                     kept.add(node)
+        _share_masks(graph)
         graph.lint()
 
     def uuid(self) -> str:
@@ -155,6 +156,17 @@ def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph) -> None:
                 mutated = _in_place(inner)
                 mapping[inner] = copy if mutated is None else mapping[mutated]
     replace(graph, node, result)
+
+
+def _share_masks(graph: fx.Graph) -> None:
+    """Makes a mask that a graph wants several times once: dX and dA of a site have the same."""
+    made: dict[Any, fx.Node] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.peftfx.keep_mask.default):
+        shape = str(dynamo.fake_value(node).shape)
+        first = made.setdefault((shape, *node.args[1:]), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
 
 
 def _in_place(node: fx.Node) -> fx.Node | None:

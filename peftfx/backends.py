@@ -277,8 +277,11 @@ def entry_point(
     rest = dict(options or {})
     spec, lower, loss = rest.pop("spec", None), rest.pop("lower", "auto"), rest.pop("loss", None)
     if spec is None:
+        given = f", and its options are {', '.join(map(repr, rest))}" if rest else ""
         raise dynamo.surface(
-            SpecError("backend='peftfx' needs a spec", remedy="options={'spec': 'lora.yaml'}")
+            SpecError(
+                f"backend='peftfx' needs a spec{given}", remedy="options={'spec': 'lora.yaml'}"
+            )
         )
     known = _made.get(id(options))
     if known is None or known[0] is not options:  # torch.compile hands over the same object

@@ -68,11 +68,14 @@ def uniform(seed: Tensor, site: int, shape: Sequence[int], device: torch.device)
     return (signed.to(torch.float32) * _SCALE).reshape(list(shape))
 
 
-def keep_mask(
-    seed: Tensor, site: int, shape: Sequence[int], dropout: float, device: torch.device
-) -> Tensor:
-    """Where an input is kept: bool of *shape*, True with probability ``1 - dropout``."""
-    return uniform(seed, site, shape, device) >= dropout
+def keep_mask(like: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
+    """Where *like* is kept: bool of its shape, True with probability ``1 - p``. Also an op."""
+    return uniform(seed, site, like.shape, like.device) >= p
+
+
+def masked(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """x where *keep* is, scaled by ``1 / (1 - p)``; zero elsewhere, whatever x is there."""
+    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
 
 
 def dropout(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
@@ -80,8 +83,7 @@ def dropout(x: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
 
     Also the op ``peftfx::dropout``, whose backward regenerates the mask from the seed.
     """
-    keep = keep_mask(seed, site, x.shape, p, x.device)
-    return torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
+    return masked(x, torch.ops.peftfx.keep_mask(x, seed, p, site), p)
 
 
 def uniform_like(like: Tensor, seed: Tensor, site: int) -> Tensor:
@@ -105,11 +107,14 @@ library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.define(
+    "keep_mask(Tensor like, Tensor seed, float p, int site) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+library.define(
     "uniform_like(Tensor like, Tensor seed, int site) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
-define(library, "uniform_like", uniform_like)
-torch.library.register_fake("peftfx::uniform_like", uniform_like, lib=library)
-define(library, "dropout", dropout)
-torch.library.register_fake("peftfx::dropout", dropout, lib=library)
+for _definition in (dropout, keep_mask, uniform_like):
+    define(library, _definition.__name__, _definition)
+    torch.library.register_fake(f"peftfx::{_definition.__name__}", _definition, lib=library)
 torch.library.register_autograd("peftfx::dropout", _backward, setup_context=_setup, lib=library)

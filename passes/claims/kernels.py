@@ -1,4 +1,4 @@
-"""Claims of kernels: Triton's on GPUs, compiled loops on the CPU."""
+"""Claims of kernels: Triton's, and ops that stay as they are."""
 
 from __future__ import annotations
 
@@ -76,18 +76,6 @@ def _unsuited(op: str, args: Sequence[Any]) -> str | None:
 
 def _all_tensors(values: Sequence[Any]) -> bool:
     return all(isinstance(v, Tensor) for v in values)
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """The op's own kernel on the CPU, called as it is (``cpu.py`` in the op's folder)."""
-
-    name: str = "compiled C"
-    ops: tuple[str, ...] = ("dropout",)
-    emit: None = None
-
-    def check(self, op: str, args: Sequence[Any]) -> str | None:
-        return None if args[0].device.type == "cpu" else "it is for the CPU"
 
 
 @dataclass(frozen=True)

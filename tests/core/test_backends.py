@@ -89,8 +89,8 @@ def test_inductor_is_told(monkeypatch: pytest.MonkeyPatch, given: Any, patch: An
 def test_ways_in_that_are_refused() -> None:
     with pytest.raises(SpecError, match="eagre"):
         peftfx.backend(SPEC, lower="eagre")  # type: ignore[arg-type]
-    for options in (None, {"spce": SPEC}):
-        with pytest.raises(SpecError, match="needs a spec"):
+    for options, named in ((None, "needs a spec"), ({"spce": SPEC}, "options are 'spce'")):
+        with pytest.raises(SpecError, match=named):
             torch.compile(base(), backend="peftfx", options=options)(X)
     function: Any = base().forward
     for call in (

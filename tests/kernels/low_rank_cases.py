@@ -106,7 +106,7 @@ def reference(case: Case, given: dict[str, Any], base: Tensor | None = None) -> 
     leaves = [x, *(t.requires_grad_() for t in (*wide["A"], *wide["B"]))]
     kept, drop = x, case.drop()
     if drop.seed is not None:
-        mask = keep_mask(drop.seed.cpu(), drop.site, x.shape, drop.p, torch.device("cpu"))
+        mask = keep_mask(x.cpu(), drop.seed.cpu(), drop.p, drop.site)
         kept = x * mask / (1 - drop.p)
     ys, low = [], []
     for i, (a, b) in enumerate(zip(wide["A"], wide["B"], strict=True)):

@@ -46,7 +46,7 @@ def reference(c: Case, seed: Tensor | None, p: float, site: int) -> Tensor:
     x = c.x.double()
     kept = x
     if seed is not None:
-        kept = x * keep_mask(seed, site, x.shape, p, x.device) / (1 - p)
+        kept = x * keep_mask(x, seed, p, site) / (1 - p)
     y = torch.einsum("...k,nk->...n", x, c.w.double()) + c.b.double()
     s = torch.einsum("...k,rk->...r", kept, c.a.double())
     return y + 0.7 * (torch.einsum("...r,nr->...n", s, c.bb.double()) + c.bias.double())

@@ -59,8 +59,22 @@ def test_compiled_loop(seed: int, site: int, p: float, n: int, dtype: torch.dtyp
     assert compiled() is not None  # this machine has a C compiler
     x = torch.randn(n, 3, dtype=dtype).t()
     out = torch.ops.peftfx.dropout(x, torch.tensor(seed), p, site)
-    expected = dropout(x, torch.tensor(seed), p, site)
+    keep = keep_mask(x, torch.tensor(seed), p, site)  # written out in torch
+    expected = torch.where(keep, x * (1.0 / (1.0 - p)), torch.zeros_like(x))
     assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 1000])
+def test_threads(threads: int) -> None:
+    """Parts of the mask by several threads are the mask; nothing is written behind it."""
+    from peftfx.kernels.philox.cpu import compiled
+
+    loop, count = compiled(), 300_001
+    assert loop is not None
+    out = torch.full((count + 8,), 7, dtype=torch.uint8)
+    loop(out.data_ptr(), count, int(stream(torch.tensor(5), 3)), 0.4, threads)
+    expected = keep_mask(torch.empty(count), torch.tensor(5), 0.4, 3)
+    assert torch.equal(out[:count].bool(), expected) and out[count:].eq(7).all()
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -99,15 +113,50 @@ def test_through_inductor() -> None:
     (grad,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(out, dropout(x, seed, 0.4, 3))
     assert torch.equal(grad != 0, out != 0)
-    assert {c.claim for c in lower.choices} == {"compiled C"}
+    assert {c.claim for c in lower.choices} == {"definition"}
+
+
+def test_one_mask_for_a_backward() -> None:
+    """dX and dA of a site share the mask that a backward makes: one op in its graph."""
+    from peftfx.dynamo import compile_inductor
+    from peftfx.passes.claims import INDUCTOR_CLAIMS
+    from peftfx.passes.lower import LowerPass
+
+    graphs: list[torch.fx.Graph] = []
+
+    class Kept(LowerPass):
+        def __call__(self, graph: torch.fx.Graph) -> None:
+            super().__call__(graph)
+            graphs.append(graph)
+
+    def backend(gm: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> object:
+        lower = Kept(INDUCTOR_CLAIMS)
+        return compile_inductor(gm, inputs, lower, None, {"force_disable_caches": True})
+
+    x, w = torch.randn(6, 5, requires_grad=True), torch.randn(7, 5)
+    a, b = torch.randn(2, 5, requires_grad=True), torch.randn(7, 2, requires_grad=True)
+    scale, seed = torch.tensor(0.5), torch.tensor(11)
+
+    def run(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.peftfx.low_rank_linear(
+            x, w, None, a, b, None, scale, seed, 0.4, 3
+        )[0]
+        return out
+
+    found = torch.autograd.grad(torch.compile(run, backend=backend)(x, a, b).sum(), (x, a, b))
+    expected = torch.autograd.grad(run(x, a, b).sum(), (x, a, b))
+    torch.testing.assert_close(found, expected)
+    target = torch.ops.peftfx.keep_mask.default
+    assert [len(g.find_nodes(op="call_function", target=target)) for g in graphs] == [1, 1]
 
 
 @given(st.integers(0, 2**62), st.integers(0, 300), st.floats(0.05, 0.9))
 def test_mask(seed: int, site: int, p: float) -> None:
-    mask = keep_mask(torch.tensor(seed), site, (40, 50), p, CPU)
+    x, key = torch.empty(40, 50), torch.tensor(seed)
+    mask = keep_mask(x, key, p, site)
     assert abs(float(mask.float().mean()) - (1 - p)) < 0.06
-    assert torch.equal(mask, keep_mask(torch.tensor(seed), site, (2000,), p, CPU).view(40, 50))
-    assert not torch.equal(mask, keep_mask(torch.tensor(seed), site + 1, (40, 50), p, CPU))
+    assert torch.equal(mask, keep_mask(x.view(2000), key, p, site).view(40, 50))
+    assert not torch.equal(mask, keep_mask(x, key, p, site + 1))
 
 
 def test_op_masks_its_gradient_alike() -> None:
