@@ -19,13 +19,13 @@ ENDING = "<!-- what follows is made by `python -m benchmarks.report` -->"
 def write(root: Path) -> None:
     """Writes the README's tables anew, and a picture of each device's roofline."""
     found = load(root)
-    (HERE / "README.md").write_text(text((HERE / "README.md").read_text(), found))
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no pictures: matplotlib is not installed")
-        return
+    drawn = importlib.util.find_spec("matplotlib") is not None
     for device, parts in found.items():
-        if "figures" in parts and "linear" in parts:
+        if drawn and "figures" in parts and "linear" in parts:
             roofline(parts["figures"][1][0].values, parts["linear"], root / device / "roofline.png")
+    if not drawn:
+        print("no pictures: matplotlib is not installed")
+    (HERE / "README.md").write_text(text((HERE / "README.md").read_text(), found))
 
 
 def text(before: str, found: Found) -> str:

@@ -167,3 +167,4 @@ def test_op_masks_its_gradient_alike() -> None:
     assert torch.equal(grad != 0, y != 0)
     assert torch.autograd.gradcheck(lambda t: torch.ops.peftfx.dropout(t, seed, 0.4, 2), (x,))
     torch.library.opcheck(torch.ops.peftfx.dropout.default, (x, seed, 0.4, 2))
+    torch.library.opcheck(torch.ops.peftfx.keep_mask.default, (x.detach(), seed, 0.4, 2))
