@@ -11,7 +11,7 @@ from torch import nn
 from peftfx import peft_format, peft_prompts
 from peftfx.errors import CheckpointError, PlanError, SpecError
 from peftfx.methods.method import Method, lookup, names
-from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, named
+from peftfx.methods.peft import LINEARS, Known, PeftForm, expression, matching, named
 from peftfx.methods.peft_prompt import PromptForm
 from peftfx.plans import Plan, make_plan
 from peftfx.site import PACKED, SLOT, kind_of, sites
@@ -26,7 +26,7 @@ HARMLESS = {  # about the bookkeeping of a training, not about what is computed
     "peft_version", "fan_in_fan_out",
 }  # fmt: skip
 _EMPTY: tuple[Any, ...] = (None, False, [], {}, 0, "", "none")
-MAX_EXPRESSIONS = 2000  # each is asked of every module
+MAX_EXPRESSIONS, MAX_LISTS = 2000, 50  # of names of modules, and of the lists that layers are in
 _HEADS = ("score", "classifier")  # what PEFT takes for the heads of classifiers
 
 
@@ -53,8 +53,9 @@ def _spec(content: dict[str, Any], model: nn.Module | None) -> Spec:
         return peft_prompts.spec_from_config(method.name, form, content, model)
     content = {**form.defaults, **content}
     for key in (*(p for _, p in form.varied.values()), "modules_to_save", "layers_pattern"):
-        if isinstance(content.get(key), (list, dict)) and len(content[key]) > MAX_EXPRESSIONS:
-            raise SpecError(f"{key} holds more than {MAX_EXPRESSIONS} expressions")
+        most = MAX_LISTS if key == "layers_pattern" else MAX_EXPRESSIONS
+        if isinstance(content.get(key), (list, dict)) and len(content[key]) > most:
+            raise SpecError(f"{key} holds more than {most} expressions")
     patterns = {pattern for _, pattern in form.varied.values()}
     known = {*COMMON, *HARMLESS, *form.options, *form.varied, *form.fixed, *form.special}
     known |= {*form.takes, *form.ignored}
@@ -220,11 +221,13 @@ def _adapted(content: Mapping[str, Any], model: nn.Module) -> list[str]:
         targets = _all_linear(content, model)
     targets, parameters = _as_set(targets), _as_set(parameters)
     content = {**content, "exclude_modules": _as_set(excluded)}
+    modules = {n: m for n, m in model.named_modules() if SLOT not in n.split(".")}
+    meant = {n for n in modules if n and _targeted(targets, content, n)}
+    for saved in content.get("modules_to_save") or ():
+        meant -= matching(rf"(.*\.)?({saved})(\..*)?", meant)
     found = []
-    for name, module in model.named_modules():
-        if SLOT in name.split("."):
-            continue
-        if name and _targeted(targets, content, name):
+    for name, module in modules.items():
+        if name in meant:
             if not isinstance(module, nn.MultiheadAttention):
                 found.append(name)
             elif module.in_proj_weight is None:
@@ -248,12 +251,9 @@ def _as_set(targets: Any) -> Any:
 
 
 def _targeted(targets: Any, content: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT's own rules mean a module."""
+    """Whether PEFT's rules for targets mean a module."""
     excluded = content.get("exclude_modules") or ()
     if expression(excluded, name) if isinstance(excluded, str) else named(name, excluded):
-        return False
-    saved = content.get("modules_to_save") or ()
-    if any(expression(rf"(.*\.)?({s})(\..*)?", name) for s in saved):
         return False
     if isinstance(targets, str):
         return expression(targets, name)
@@ -324,10 +324,10 @@ def _patterns(
         left = list(adapted)
         for pattern, value in patterns.items():  # the first that matches holds
             # of an nn.MultiheadAttention, PEFT asks for both of its parts at once
-            asked = rf"(.*\.)?({pattern})"
-            found = {n for n in left if expression(asked, n.removesuffix(f".{PACKED}"))}
-            by_value.setdefault(value, []).extend(n for n in left if n in found)
-            left = [n for n in left if n not in found]
+            asked = {n: n.removesuffix(f".{PACKED}") for n in left}
+            found = matching(rf"(.*\.)?({pattern})", asked.values())
+            by_value.setdefault(value, []).extend(n for n in left if asked[n] in found)
+            left = [n for n in left if asked[n] not in found]
         by_value = {value: names for value, names in by_value.items() if names}
         overrides += [{"name": names, option: value} for value, names in by_value.items()]
     return {"overrides": overrides} if overrides else {}

@@ -7,7 +7,7 @@ PEFT's (0.21).
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +43,16 @@ def named(name: str, targets: Collection[str]) -> bool:
 
 def expression(pattern: str, name: str) -> bool:
     """``re.fullmatch`` in linear time, whatever the expression."""
+    return bool(matching(pattern, (name,)))
+
+
+def matching(pattern: str, names: Iterable[str]) -> set[str]:
+    """The names that the expression matches whole, in linear time, whatever the expression."""
     import re2
 
     try:
-        return re2.fullmatch(pattern, name, _quiet()) is not None
+        asked = re2.compile(pattern, _quiet())
+        return {name for name in names if asked.fullmatch(name) is not None}
     except (re2.error, UnicodeEncodeError) as error:  # half a character has no bytes to match
         raise SpecError(
             f"the expression {pattern[:80]!r} is not supported: {error}",
