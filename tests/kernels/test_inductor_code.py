@@ -14,17 +14,20 @@ FORWARD = ["s", "fwd"]
 BACKWARD = ["dsb", "da", "dx"]
 
 
-@pytest.fixture(scope="module")
-def code() -> dict[str, Any]:
+def printed(module: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.inductor_without_gpu",
-         "triton", "opaque", "accumulate"],
+        [sys.executable, "-m", f"tests.kernels.{module}", *arguments],
         # under CI Inductor takes the pretended decomposition of addmm_ for an oversight of its own
         capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", "CI": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, Any]:
+    return printed("inductor_without_gpu", "triton", "opaque", "accumulate")
 
 
 def test_launches_are_inductors_own(code: dict[str, Any]) -> None:
@@ -69,3 +72,16 @@ def test_library_products_accumulate(code: dict[str, Any]) -> None:
     assert found["claims"] == ["accumulate", "inductor's random"]
     assert not found["launches"] and not found["ops"]
     assert found["in_place"] == 1 + 1 + 3 + 3  # of each site, forward and backward
+
+
+@pytest.mark.slow
+def test_loops_take_doras_gain_in() -> None:
+    """A gain by itself passes six times over y: y and out, dY and dY ⊙ gain, dY and y for its sum.
+
+    In a Llama's layer the loops that are there anyway take four of them in.
+    """
+    rows, outs = 8192, 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096
+    found = printed("loops_without_gpu")
+    assert 0 < sum(found["dora"]) - sum(found["lora"]) < 2.2 * (rows * outs * 2)
+    largest = [max(sizes) for sizes in found.values()]  # the gate's and its activation's, backward
+    assert largest[1] < 1.001 * largest[0]
