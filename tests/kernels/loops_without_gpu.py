@@ -1,7 +1,7 @@
 """What Inductor's loops beside the products move on a GPU, where there is none: ``python -m …``.
 
-Prints JSON: the bytes of each loop of a Llama-8B's layer, forward and backward in one graph, with
-LoRA and with DoRA at its linears. Every operand of a loop counts once. Nothing is run.
+Prints JSON: the bytes of each loop of a Llama-8B's layer, forward and backward in one graph, frozen
+and with the rules below. Every operand of a loop counts once. Nothing is run.
 """
 
 from __future__ import annotations
@@ -32,11 +32,20 @@ from peftfx.passes.lower import LowerPass
 from tests.kernels.inductor_without_gpu import pretend
 
 ROWS = 8192
+RULES: dict[str, dict[str, Any] | None] = {
+    "frozen": None,
+    "lora": {"method": "lora", "name": "*linears*", "rank": 16},
+    "dora": {"method": "dora", "name": "*linears*", "rank": 16},
+    "ia3": {
+        "method": "ia3", "name": ["qkv.linears.1", "qkv.linears.2", "down.linears.0"],
+        "overrides": [{"name": "down.linears.0", "at": "input"}],
+    },
+}  # fmt: skip
 Graph = tuple[fx.GraphModule, list[Tensor]]
 
 
-def adapted(method: str) -> Graph:
-    """The adapted layer as the inner compiler gets it, and its inputs."""
+def adapted(rule: dict[str, Any] | None) -> Graph:
+    """The layer as the inner compiler gets it, and its inputs."""
     found: list[Graph] = []
 
     def note(gm: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
@@ -44,10 +53,12 @@ def adapted(method: str) -> Graph:
         return lambda *given: (given[0].new_empty(()),)  # nobody asks for the layer's result
 
     torch._dynamo.reset()
-    model = Layer(LLAMA_8B, ROWS).bfloat16()
+    model = Layer(LLAMA_8B, ROWS).bfloat16().requires_grad_(False)
     x = torch.randn(1, ROWS, LLAMA_8B.hidden, dtype=torch.bfloat16, requires_grad=True)
-    backend = Backend({"rules": [{"method": method, "name": "*linears*", "rank": 16}]}, note)
-    backend.bind(model, (x,))
+    backend: Any = note
+    if rule is not None:
+        backend = Backend({"rules": [rule]}, note)
+        backend.bind(model, (x,))
     torch.compile(model, backend=backend, fullgraph=True)(x)
     (graph,) = found
     return graph
@@ -63,9 +74,9 @@ def both_directions(gm: fx.GraphModule) -> Callable[..., Any]:
     return run
 
 
-def loops(method: str) -> list[int]:
+def loops(rule: dict[str, Any] | None) -> list[int]:
     """The bytes of each loop."""
-    gm, given = adapted(method)
+    gm, given = adapted(rule)
     mode = FakeTensorMode()
     with mode:  # autograd knows no pretended device: its graph is made on the CPU
         here = [mode.from_tensor(t) for t in (given[0], *given)]
@@ -99,4 +110,4 @@ def loops(method: str) -> list[int]:
 if __name__ == "__main__":
     pretend()
     os.environ["PEFTFX_FORMS"] = "accumulate,low_rank_norms=triton"
-    print(json.dumps({method: loops(method) for method in ("lora", "dora")}))
+    print(json.dumps({name: loops(rule) for name, rule in RULES.items()}))
