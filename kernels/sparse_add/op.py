@@ -51,19 +51,22 @@ def sparse_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tenso
     return _added(y, x, values, index)
 
 
-def _added(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+def _added(y: Tensor, x: Tensor, values: Tensor, index: Tensor, spare: bool = False) -> Tensor:
+    """``y + x·ΔWᵀ``, in y's own memory where that is to *spare*."""
     n, k = y.shape[-1], x.shape[-1]
-    flat = x.reshape(-1, k)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows, flat = y.reshape(-1, n), x.reshape(-1, k)
+    dtype, dense = torch.promote_types(x.dtype, torch.float32), torch.contiguous_format
     if index.numel() == 0 or flat.numel() == 0:
-        return y.clone()
+        return y.clone(memory_format=dense)
     if why_plain(y) is None:
-        return _kernels().added(y.reshape(-1, n), flat, values, index).reshape(y.shape)  # type: ignore
-    if products(flat.device):
-        update = (matrix(values.to(dtype), index, n, k) @ flat.to(dtype).t()).t()  # [M, N]
+        return _kernels().added(rows, flat, values, index).reshape(y.shape)  # type: ignore
+    out = rows.to(dtype, copy=not spare, memory_format=dense)
+    if products(flat.device):  # in place, by columns of outᵀ: no product of its own to be added
+        update = matrix(values.to(dtype), index, n, k)
+        out.t().addmm_(update, flat.to(dtype, memory_format=dense).t())
     else:
-        update = gathered(flat.to(dtype), values.to(dtype), index, n)
-    return (y + update.reshape(y.shape)).to(y.dtype)
+        gather(out, flat.to(dtype), values.to(dtype), index)
+    return out.to(y.dtype).reshape(y.shape)
 
 
 def sparse_add_backward(
@@ -74,8 +77,9 @@ def sparse_add_backward(
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dx, dv = x.new_empty(0), values.new_empty(0)
     if mask[0]:
-        zero = torch.zeros_like(x, dtype=dtype)
-        dx = _added(zero, dy, values[order], turned(index[order], n, k)).to(x.dtype)
+        dx = x.new_zeros(x.shape, dtype=dtype)
+        places = turned(index[order], n, k)
+        dx = _added(dx, dy, values[order], places, spare=True).to(x.dtype)
     if mask[1]:
         rows, flat = dy.reshape(-1, n), x.reshape(-1, k)
         if index.numel() == 0 or rows.numel() == 0:
@@ -111,13 +115,11 @@ def matrix(values: Tensor, index: Tensor, n: int, k: int) -> Tensor:
     )
 
 
-def gathered(x: Tensor, values: Tensor, index: Tensor, n: int) -> Tensor:
-    """``x·ΔWᵀ`` by gathering columns, a bounded number at once."""
-    k, out = x.shape[1], x.new_zeros(x.shape[0], n)
-    step = max(CHUNK // x.shape[0], 1)
+def gather(out: Tensor, x: Tensor, values: Tensor, index: Tensor) -> None:
+    """Adds ``x·ΔWᵀ`` to *out* by gathering columns, a bounded number at once."""
+    k, step = x.shape[1], max(CHUNK // x.shape[0], 1)
     for part, v in zip(index.split(step), values.split(step), strict=True):
         out.index_add_(1, part // k, x[:, part % k] * v)
-    return out
 
 
 def gathered_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor) -> Tensor:
@@ -136,13 +138,13 @@ def sampled(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
 
 
 def _fake(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor) -> Tensor:
-    return torch.empty_like(y)
+    return y.new_empty(y.shape)
 
 
 def _fake_backward(
     dy: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if mask[0] else x.new_empty(0)
+    dx = x.new_empty(x.shape if mask[0] else 0)
     return dx, torch.empty_like(values) if mask[1] else values.new_empty(0)
 
 

@@ -45,10 +45,11 @@ def test_gathered_forms(m: int, n: int, k: int, share: float, chunk: int) -> Non
     y, x, values, index, _ = case(m, n, k, share, torch.float64)
     before, op.CHUNK = op.CHUNK, chunk
     try:
-        update, found = op.gathered(x, values, index, n), op.sampled(y, x, index)
+        out, found = y.clone(), op.sampled(y, x, index)
+        op.gather(out, x, values, index)
     finally:
         op.CHUNK = before
-    assert torch.allclose(update, x @ dense(values, index, n, k).t())
+    assert torch.allclose(out, y + x @ dense(values, index, n, k).t())
     assert torch.allclose(found, (y.t() @ x).reshape(-1)[index])
 
 
@@ -143,3 +144,17 @@ def test_no_step_sorts() -> None:
         op.sparse_add_backward(y, x, values, index, order, [True, True])
     assert "aten::searchsorted" in seen.calls
     assert not seen.calls.keys() & {"aten::sort", "aten::argsort", "aten::topk"}
+
+
+def test_strides_of_any_kind() -> None:
+    """The result is contiguous, and x, y and dY as they come."""
+    y, x, values, index, order = case(6, 4, 5, 0.4, torch.float64)
+    want = torch.ops.peftfx.sparse_add(y, x, values, index, order)
+    back = torch.ops.peftfx.sparse_add_backward(y, x, values, index, order, [True, True])
+    y, x = (t.t().contiguous().t() for t in (y, x))
+    kept = y.clone()
+    found = torch.ops.peftfx.sparse_add(y, x, values, index, order)
+    assert torch.allclose(found, want) and found.is_contiguous() and torch.equal(y, kept)
+    again = torch.ops.peftfx.sparse_add_backward(y, x, values, index, order, [True, True])
+    assert all(torch.allclose(a, b) and a.is_contiguous() for a, b in zip(again, back, strict=True))
+    torch.library.opcheck(torch.ops.peftfx.sparse_add.default, (y, x, values, index, order))
