@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from peftfx import dynamo
-from peftfx.engine import Step
+from peftfx.engine import Step, is_op
 
 aten = torch.ops.aten
 LAYOUT = {  # what moves or copies values, and computes none
@@ -42,16 +42,17 @@ class Recompute:
     And what a loop reads, as a norm's derivative does what is normed, where it was widened: from
     the one value of half its size that it is made of, and small ones.
 
-    What the user checkpointed is left as it is.
+    What the user checkpointed is left as it is, but for lengths of a weight's rows: they are N
+    numbers, and to make them again reads the weight.
     """
 
     name: str = "recompute"
     optional: bool = True
 
     def __call__(self, graph: fx.Graph, step: Step) -> int:
-        """Marks nodes; gives the number of values that are made again."""
+        """Marks nodes; gives the number of values that are made again, or kept, by its doing."""
         if any("recompute" in n.meta for n in graph.nodes):
-            return 0
+            return _keep_norms(graph)
         backward = _backward(graph)
         found = 0
         for value in _read_whole(graph, backward):
@@ -65,6 +66,14 @@ class Recompute:
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
             found += bool(chain)
         return found
+
+
+def _keep_norms(graph: fx.Graph) -> int:
+    """Has lengths of rows kept where a checkpoint would have them made again."""
+    found = [n for n in graph.nodes if "recompute" in n.meta and is_op(n, "low_rank_norms")]
+    for node in found:
+        node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    return len(found)
 
 
 def _backward(graph: fx.Graph) -> set[fx.Node]:

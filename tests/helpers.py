@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def fill(parameters: Iterable[Tensor], seed: int = 0, scale: float = 0.2) -> None:
@@ -34,3 +35,34 @@ def output(model: nn.Module, example: dict[str, Tensor]) -> Tensor:
     found = out["logits"] if "logits" in out else out[0]
     assert isinstance(found, Tensor)
     return found
+
+
+class Seen(TorchDispatchMode):
+    """The calls of every op that runs, by its name, and the largest dense tensor that is made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = 0
+        self.calls: dict[str, list[tuple[Any, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.setdefault(func._schema.name, []).append(args)
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(t, Tensor) and t.layout == torch.strided:
+                self.size = max(self.size, t.numel())
+        return out
+
+
+def peak(run: Callable[[], object]) -> int:
+    """The most bytes of a CPU's memory that are allocated at once beside what there was."""
+    profile = torch.profiler.profile
+    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
+        run()
+    now = most = 0
+    results: Any = found.profiler
+    for event in results.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.registry import Measure, Row, Setting
 from benchmarks.verify import gate
+from peftfx.kernels.sparse_add.op import by_columns
 from peftfx.kernels.timing import Run
 from peftfx.methods.method import Call
 from peftfx.methods.sparse import Sparse
@@ -48,12 +49,13 @@ def _row(setting: Setting, kind: str, m: int, k: int, n: int) -> list[Row]:
     index = torch.randperm(total, generator=g)[:kept].sort().values.to(setting.device)
     shape = {"element": (kept,), "row": (kept, k), "column": (n, kept)}[kind]
     values = (made(*shape, of=torch.float32) / k**0.5).requires_grad_()
+    held = torch.stack([index, by_columns(index, n, k)]) if kind == "element" else index
     method = Sparse(structure=kind)  # type: ignore[arg-type]
     call = Call(Site("", "weight", "linear", (n, k)), training=True)
 
     def ours() -> Tensor:
         y = F.linear(x, weight)
-        return method.apply(y, x, {"values": values, "index": index}, call)
+        return method.apply(y, x, {"values": values, "index": held}, call)
 
     def dense() -> Tensor:
         blank = torch.zeros(n, k, device=x.device)

@@ -3,9 +3,10 @@
     y + x·ΔWᵀ,   ΔW zero but at n chosen places
 
 ``y [..., N]``, ``x [..., K]``, ``values [n]``, ``index [n]`` int64: ``row * K + column`` of each
-value, strictly increasing. ΔW is never dense: the forward is a product with a sparse matrix, and
-the backward computes the gradient at the n places alone. Products are in fp32 at least; the result
-has the dtype of y.
+value, strictly increasing, and ``order [n]`` int64 what puts those places into the order of columns
+(:func:`by_columns`), in which the backward sums. ΔW is never dense: the forward is a product with a
+sparse matrix, and the backward computes the gradient at the n places alone. Products are in fp32 at
+least; the result has the dtype of y.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from peftfx.kernels.devices import why_plain
 
 _library = torch.library.Library("peftfx", "FRAGMENT")
 SCHEMAS = {
-    "sparse_add": "(Tensor y, Tensor x, Tensor values, Tensor index) -> Tensor",
-    "sparse_add_backward": "(Tensor dy, Tensor x, Tensor values, Tensor index, bool[] mask)"
-    " -> (Tensor, Tensor)",
+    "sparse_add": "(Tensor y, Tensor x, Tensor values, Tensor index, Tensor order) -> Tensor",
+    "sparse_add_backward": "(Tensor dy, Tensor x, Tensor values, Tensor index, Tensor order,"
+    " bool[] mask) -> (Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -35,34 +36,50 @@ with warnings.catch_warnings():  # torch says once that sparse CSR is in beta
 CHUNK = 2**22  # elements that the gathered form holds at once
 
 
-def sparse_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+def turned(index: Tensor, n: int, k: int) -> Tensor:
+    """The places in ΔWᵀ: ``column * N + row``."""
+    return index % k * n + index // k
+
+
+def by_columns(index: Tensor, n: int, k: int) -> Tensor:
+    """What puts the places *index* of a matrix [N, K] into the order of its columns."""
+    return turned(index, n, k).argsort()
+
+
+def sparse_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor) -> Tensor:
     """``y + x·ΔWᵀ``."""
+    return _added(y, x, values, index)
+
+
+def _added(y: Tensor, x: Tensor, values: Tensor, index: Tensor, spare: bool = False) -> Tensor:
+    """``y + x·ΔWᵀ``, in y's own memory where that is to *spare*."""
     n, k = y.shape[-1], x.shape[-1]
-    flat = x.reshape(-1, k)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows, flat = y.reshape(-1, n), x.reshape(-1, k)
+    dtype, dense = torch.promote_types(x.dtype, torch.float32), torch.contiguous_format
     if index.numel() == 0 or flat.numel() == 0:
-        return y.clone()
+        return y.clone(memory_format=dense)
     if why_plain(y) is None:
-        return _kernels().added(y.reshape(-1, n), flat, values, index).reshape(y.shape)  # type: ignore
-    if products(flat.device):
-        update = (matrix(values.to(dtype), index, n, k) @ flat.to(dtype).t()).t()  # [M, N]
+        return _kernels().added(rows, flat, values, index).reshape(y.shape)  # type: ignore
+    out = rows.to(dtype, copy=not spare, memory_format=dense)
+    if products(flat.device):  # in place, by columns of outᵀ: no product of its own to be added
+        update = matrix(values.to(dtype), index, n, k)
+        out.t().addmm_(update, flat.to(dtype, memory_format=dense).t())
     else:
-        update = gathered(flat.to(dtype), values.to(dtype), index, n)
-    return (y + update.reshape(y.shape)).to(y.dtype)
+        gather(out, flat.to(dtype), values.to(dtype), index)
+    return out.to(y.dtype).reshape(y.shape)
 
 
 def sparse_add_backward(
-    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, mask: list[bool]
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
     """dX and dvalues. What *mask* leaves out comes back empty."""
     n, k = dy.shape[-1], x.shape[-1]
     dtype = torch.promote_types(dy.dtype, torch.float32)
     dx, dv = x.new_empty(0), values.new_empty(0)
     if mask[0]:
-        back = torch.argsort(index % k * n + index // k)  # ΔWᵀ, row by row
-        turned = (index % k * n + index // k)[back]
-        zero = torch.zeros_like(x, dtype=dtype)
-        dx = sparse_add(zero, dy, values[back], turned).to(x.dtype)
+        dx = x.new_zeros(x.shape, dtype=dtype)
+        places = turned(index[order], n, k)
+        dx = _added(dx, dy, values[order], places, spare=True).to(x.dtype)
     if mask[1]:
         rows, flat = dy.reshape(-1, n), x.reshape(-1, k)
         if index.numel() == 0 or rows.numel() == 0:
@@ -98,16 +115,14 @@ def matrix(values: Tensor, index: Tensor, n: int, k: int) -> Tensor:
     )
 
 
-def gathered(x: Tensor, values: Tensor, index: Tensor, n: int) -> Tensor:
-    """``x·ΔWᵀ`` by gathering columns, a bounded number at once."""
-    k, out = x.shape[1], x.new_zeros(x.shape[0], n)
-    step = max(CHUNK // x.shape[0], 1)
+def gather(out: Tensor, x: Tensor, values: Tensor, index: Tensor) -> None:
+    """Adds ``x·ΔWᵀ`` to *out* by gathering columns, a bounded number at once."""
+    k, step = x.shape[1], max(CHUNK // x.shape[0], 1)
     for part, v in zip(index.split(step), values.split(step), strict=True):
         out.index_add_(1, part // k, x[:, part % k] * v)
-    return out
 
 
-def gathered_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
+def gathered_add(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor) -> Tensor:
     """``y + x·ΔWᵀ`` in one gathering that torch can transform and differentiate again."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     k, wide = x.shape[-1], y.to(dtype)
@@ -122,27 +137,26 @@ def sampled(dy: Tensor, x: Tensor, index: Tensor) -> Tensor:
     return torch.cat([(dy[:, i // k] * x[:, i % k]).sum(0) for i in index.split(step)])
 
 
-def _fake(y: Tensor, x: Tensor, values: Tensor, index: Tensor) -> Tensor:
-    return torch.empty_like(y)
+def _fake(y: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor) -> Tensor:
+    return y.new_empty(y.shape)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, mask: list[bool]
+    dy: Tensor, x: Tensor, values: Tensor, index: Tensor, order: Tensor, mask: list[bool]
 ) -> tuple[Tensor, Tensor]:
-    dx = torch.empty_like(x) if mask[0] else x.new_empty(0)
+    dx = x.new_empty(x.shape if mask[0] else 0)
     return dx, torch.empty_like(values) if mask[1] else values.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, x, values, index = inputs
-    ctx.save_for_backward(x, values, index)
+    ctx.save_for_backward(*inputs[1:])
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    x, values, index = ctx.saved_tensors
+    x, values, index, order = ctx.saved_tensors
     mask = [bool(n) for n in ctx.needs_input_grad[1:3]]
-    dx, dv = torch.ops.peftfx.sparse_add_backward(dy, x, values, index, mask)
-    return dy, dx if mask[0] else None, dv if mask[1] else None, None
+    dx, dv = torch.ops.peftfx.sparse_add_backward(dy, x, values, index, order, mask)
+    return dy, dx if mask[0] else None, dv if mask[1] else None, None, None
 
 
 define(_library, "sparse_add", sparse_add, plain=gathered_add)

@@ -3,7 +3,9 @@
     W' = W + ΔW,   ΔW zero but at the places of a mask
 
 The values lie in one vector (or in whole rows or columns, with ``structure``); gradients are
-computed at the kept places alone. Masks:
+computed at the kept places alone. Of single entries, ``index [2, n]`` has the places, row by row
+of the weight, and what puts them into the order of columns, which the backward needs: made once,
+with the mask. Masks:
 
 - ``random`` and ``magnitude``, the controls. SHiRA (Bhardwaj et al., 2024, arXiv 2406.13175) keeps
   as many entries as a LoRA of some ``rank`` has; FAR (Vucetic et al., 2022, arXiv 2205.03228)
@@ -29,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import peftfx.kernels.sparse_add.op  # noqa: F401 - defines the op used below
 from peftfx.errors import CheckpointError, MergeError, PlanError, SpecError
+from peftfx.kernels.sparse_add.op import by_columns, turned
 from peftfx.methods.additive import LINEAR, Additive, wide
 from peftfx.methods.method import Calibration, Call, Method, Param, Tensors, option
 from peftfx.methods.peft import PeftForm, Placed
@@ -53,7 +55,8 @@ class ShiraForm(PeftForm):
         return {"mask_type": "random", "fan_in_fan_out": False}
 
     def pack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        rows, columns = p["index"] // site.in_features, p["index"] % site.in_features
+        index = p["index"][0]
+        rows, columns = index // site.in_features, index % site.in_features
         return {"values": p["values"], "index": torch.stack([rows, columns]).to(torch.int32)}
 
     def unpack(self, method: Method, site: Site, p: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -63,7 +66,7 @@ class ShiraForm(PeftForm):
         if not bool((places[1] < site.in_features).all() and (places >= 0).all()):
             raise CheckpointError("a place lies outside of the weight", site=site.name)
         index, order = (places[0] * site.in_features + places[1]).sort()
-        return {"values": p["values"][order], "index": index}
+        return {"values": p["values"][order], "index": _places(index, site)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,10 +127,14 @@ class Sparse(Additive):
     def params(self, site: Site) -> dict[str, Param]:
         (kept, total), zeros = self._sizes(site), torch.nn.init.zeros_
         shape = {"row": (kept, site.in_features), "column": (site.out_features, kept)}
+        valid = _valid(total, None if self.structure in shape else site)
         found = {
             "values": Param(shape.get(self.structure, (kept,)), zeros),
-            "index": Param((kept,), zeros, False, torch.int64, valid=_within(total)),
-        }
+            "index": Param(
+                (kept,) if self.structure in shape else (2, kept), zeros, False, torch.int64,
+                valid=valid,
+            ),
+        }  # fmt: skip
         if self.budget:
             found["gate"] = Param((kept,), lambda t: torch.nn.init.constant_(t, 2.0))
         return found
@@ -137,23 +144,26 @@ class Sparse(Additive):
     def start(self, w: Tensor, p: Tensors, site: Site) -> None:
         kept, total = self._sizes(site)
         if self.mask == "magnitude":
-            self._choose(p, w.abs().t() if site.kind == "hf_conv1d" else w.abs())
+            self._choose(p, site, w.abs().t() if site.kind == "hf_conv1d" else w.abs())
         else:  # what is calibrated starts somewhere too
             generator = torch.Generator().manual_seed(
                 zlib.crc32(f"{self.seed}:{site.name}".encode())
             )
-            p["index"].copy_(torch.randperm(total, generator=generator)[:kept].sort().values)
+            self._keep(p, site, torch.randperm(total, generator=generator)[:kept])
 
-    def _choose(self, p: Tensors, scores: Tensor) -> None:
+    def _keep(self, p: Tensors, site: Site, chosen: Tensor) -> None:
+        chosen = chosen.sort().values
+        p["index"].copy_(_places(chosen, site) if self.structure == "element" else chosen)
+
+    def _choose(self, p: Tensors, site: Site, scores: Tensor) -> None:
         """Keeps the places with the largest of the *scores* [N, K]."""
         if self.structure != "element":
             scores = scores.sum(1 if self.structure == "row" else 0)
-        found = scores.reshape(-1).topk(p["index"].shape[0]).indices
-        p["index"].copy_(found.sort().values)
+        self._keep(p, site, scores.reshape(-1).topk(p["index"].shape[-1]).indices)
         p["values"].zero_()
 
     def calibration(self, site: Site) -> Calibration | None:
-        return Scores(self, site.kind) if self.mask in ("fisher", "sam") else None
+        return Scores(self, site) if self.mask in ("fisher", "sam") else None
 
     # -- its math --------------------------------------------------------------------------------
 
@@ -172,7 +182,8 @@ class Sparse(Additive):
             if call.seed is not None:
                 noise = torch.ops.peftfx.uniform_like(p["gate"].detach(), call.seed, call.site)
             values = values * self._open(p, call.weight, noise)
-        return torch.ops.peftfx.sparse_add(y, x, values, p["index"])  # type: ignore[no-any-return]
+        places = p["index"][0], p["index"][1]
+        return torch.ops.peftfx.sparse_add(y, x, values, *places)  # type: ignore[no-any-return]
 
     def _open(self, p: Tensors, site: Site, noise: Tensor | None) -> Tensor:
         """How far each gate is open: drawn while training, else fixed and within the budget."""
@@ -189,7 +200,7 @@ class Sparse(Additive):
         blank = values.new_zeros(site.out_features, site.in_features)
         if self.structure == "element":
             values = values * self._open(p, site, None) if self.budget else values
-            found = blank.reshape(-1).index_copy(0, p["index"], values).reshape(blank.shape)
+            found = blank.reshape(-1).index_copy(0, p["index"][0], values).reshape(blank.shape)
         else:
             found = blank.index_copy(0 if self.structure == "row" else 1, p["index"], values)
         return found.t() if site.kind == "hf_conv1d" else found
@@ -215,8 +226,9 @@ class Sparse(Additive):
         """The places of all, with the weighted sums of their values."""
         if any(getattr(m, "structure", None) != self.structure for _, m, _ in parts):
             raise MergeError("one keeps entries, the other rows or columns", site=site.name)
-        axis = 1 if self.structure == "column" else 0
-        index, at = torch.cat([p["index"] for _, _, p in parts]).unique(return_inverse=True)
+        axis, element = int(self.structure == "column"), self.structure == "element"
+        kept = [p["index"][0] if element else p["index"] for _, _, p in parts]
+        index, at = torch.cat(kept).unique(return_inverse=True)
         found = []
         for weight, m, p in parts:
             assert isinstance(m, Sparse)
@@ -226,7 +238,8 @@ class Sparse(Additive):
         shape = [*joined.shape]
         shape[axis] = len(index)
         values = joined.new_zeros(shape).index_add(axis, at, joined)
-        return replace(self, budget=0.0), {"values": values, "index": index}
+        held = _places(index, site) if element else index
+        return replace(self, budget=0.0), {"values": values, "index": held}
 
 
 class Scores:
@@ -234,8 +247,8 @@ class Scores:
 
     sees: Literal["input", "gradient"] = "gradient"
 
-    def __init__(self, method: Sparse, kind: str) -> None:
-        self.method, self.kind = method, kind
+    def __init__(self, method: Sparse, site: Site) -> None:
+        self.method, self.site = method, site
         self.total: Tensor | None = None
 
     def see(self, value: Tensor) -> None:
@@ -246,7 +259,8 @@ class Scores:
     def fill(self, p: Tensors) -> None:
         assert self.total is not None
         scores = self.total.abs()
-        self.method._choose(p, scores.t() if self.kind == "hf_conv1d" else scores)
+        scores = scores.t() if self.site.kind == "hf_conv1d" else scores
+        self.method._choose(p, self.site, scores)
 
 
 def _stretched(logit: Tensor) -> Tensor:
@@ -255,9 +269,24 @@ def _stretched(logit: Tensor) -> Tensor:
     return (torch.sigmoid(logit) * (high - low) + low).clamp(0, 1)
 
 
-def _within(total: int) -> Callable[[Tensor], bool]:
+def _places(index: Tensor, site: Site) -> Tensor:
+    """Places [n] in the order of rows, with what puts them into that of columns, [2, n]."""
+    return torch.stack([index, by_columns(index, site.out_features, site.in_features)])
+
+
+def _valid(total: int, site: Site | None) -> Callable[[Tensor], bool]:
+    """Whether places rise among *total*; in both orders where they are entries of *site*."""
+
+    def rising(t: Tensor, limit: int) -> bool:
+        inside = t.numel() == 0 or (int(t.min()) >= 0 and int(t.max()) < limit)
+        return inside and bool((t[1:] > t[:-1]).all())
+
     def valid(index: Tensor) -> bool:
-        inside = index.numel() == 0 or (int(index.min()) >= 0 and int(index.max()) < total)
-        return inside and bool((index[1:] > index[:-1]).all())
+        if site is None:
+            return rising(index, total)
+        places, order = index
+        if not rising(places, total) or not rising(order.sort().values, len(order)):
+            return False
+        return rising(turned(places[order], site.out_features, site.in_features), total)
 
     return valid

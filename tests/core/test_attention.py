@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import peftfx
 from peftfx.backends import Backend
 from peftfx.binding import bound, entry_of
+from peftfx.engine import is_op
 from peftfx.errors import NotAdaptedError, PlanError
 from tests.architectures import by_name
 from tests.helpers import fill, output, relative
@@ -115,6 +116,40 @@ def test_by_hand(select: dict[str, Any], where: set[str]) -> None:
         grads.append(list(found))
     for found in grads[1:]:
         assert all(relative(a, b) < 1e-4 for a, b in zip(found, grads[0], strict=True))
+
+
+def test_masks_and_groups_are_the_base_s() -> None:
+    """What is causal by name stays so behind a prefix, with keys of as many heads."""
+
+    def attention(model: nn.Module, *args: Any, base: bool, **kwargs: Any) -> list[Any]:
+        """Of each call in the graph: whether there is a mask, whether it is causal, key heads."""
+        found = []
+
+        def note(gm: Any, inputs: Any) -> Any:
+            for n in gm.graph.nodes:
+                if is_op(n, "prefix_attention"):
+                    mask, causal = n.args[5], n.args[7]
+                elif n.target is F.scaled_dot_product_attention:
+                    mask, causal = n.kwargs.get("attn_mask"), n.kwargs.get("is_causal", False)
+                else:
+                    continue
+                heads = n.args[1].meta["example_value"].shape[1]
+                found.append((mask is not None, causal, heads))
+            return gm.forward
+
+        torch._dynamo.reset()
+        backend: Any = note if base else Backend(None, note)
+        torch.compile(model, backend=backend, fullgraph=True)(*args, **kwargs)
+        return found
+
+    given, toy = (torch.randn(2, 5, 6), torch.randn(2, 7, 6)), Toy()
+    plain = attention(copy.deepcopy(toy), *given, base=True)
+    Backend({"rules": [{"method": "prefix", "length": 3, "name": "*.query"}]}).bind(toy, given)
+    assert attention(toy, *given, base=False) == plain
+    assert plain == [(False, True, 2), (False, True, 3), (False, False, 1)]
+    llama, x = by_name("llama").build(), inputs("llama")
+    plain = attention(copy.deepcopy(llama), **x, base=True)
+    assert attention(prefixed(llama), **x, base=False) == plain and len(plain) == 2
 
 
 def compiled(model: nn.Module, lower: Any = "aot_eager", **options: Any) -> Any:

@@ -84,7 +84,8 @@ def test_masks_from_gradients(mask: str, name: str, target: str, structure: str)
     for path, index in held(model, "index").items():
         scores = total[path].abs()
         scores = scores.sum(1) if structure == "row" else scores.reshape(-1)
-        best = scores.argsort(descending=True)[: len(index)]
+        best = scores.argsort(descending=True)[: index.shape[-1]]
+        index = index[0] if structure == "element" else index
         assert index.tolist() == sorted(best.tolist())
 
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
 import peftfx
+from peftfx import dynamo, engine
+from peftfx.passes import JOINT
 from tests.architectures import by_name
-from tests.helpers import fill, output
+from tests.helpers import fill, output, relative
 
 
 class Blocks(nn.Module):
@@ -73,3 +78,30 @@ def test_gradient_checkpointing(name: str, reentrant: bool) -> None:
         grads.append([p.grad for p in peftfx.parameters(model)])
     for a, b in zip(*grads, strict=True):
         assert a is not None and b is not None and torch.allclose(a, b, atol=1e-6)
+
+
+def test_norms_are_made_once_in_a_step() -> None:
+    """DoRA's: a checkpoint makes its block's products again, and not the lengths of W's rows."""
+    grads, counts = [], []
+    for checkpointing in (False, True):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        graphs: list[fx.Graph] = []
+
+        def lower(gm: Any, inputs: Any) -> Callable[..., Any]:
+            joint = engine.GraphPasses(JOINT, engine.Report())
+            return dynamo.compile_aot(gm, inputs, graphs.append, joint)  # noqa: B023
+
+        model, x = Blocks(checkpointing).double(), torch.randn(7, 6, dtype=torch.float64)
+        backend = peftfx.backend({"rules": [{"method": "dora", "name": "*", "rank": 3}]}, lower)
+        backend.bind(model, (x,))
+        fill(peftfx.parameters(model))
+        torch.compile(model, backend=backend, fullgraph=True)(x).square().mean().backward()
+        grads.append([p.grad for p in peftfx.parameters(model)])
+        counts.append([
+            sum(engine.is_op(n, op) for g in graphs for n in g.nodes)
+            for op in ("low_rank_linear", "low_rank_norms")
+        ])  # fmt: skip
+    assert counts == [[2, 2], [4, 2]]
+    for a, b in zip(*grads, strict=True):
+        assert a is not None and b is not None and relative(a, b) < 1e-12

@@ -14,17 +14,20 @@ FORWARD = ["s", "fwd"]
 BACKWARD = ["dsb", "da", "dx"]
 
 
-@pytest.fixture(scope="module")
-def code() -> dict[str, Any]:
+def printed(module: str, *arguments: str) -> dict[str, Any]:
     done = subprocess.run(
-        [sys.executable, "-m", "tests.kernels.inductor_without_gpu",
-         "triton", "opaque", "accumulate"],
+        [sys.executable, "-m", f"tests.kernels.{module}", *arguments],
         # under CI Inductor takes the pretended decomposition of addmm_ for an oversight of its own
         capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "0", "CI": ""},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+@pytest.fixture(scope="module")
+def code() -> dict[str, Any]:
+    return printed("inductor_without_gpu", "triton", "opaque", "accumulate")
 
 
 def test_launches_are_inductors_own(code: dict[str, Any]) -> None:
@@ -69,3 +72,19 @@ def test_library_products_accumulate(code: dict[str, Any]) -> None:
     assert found["claims"] == ["accumulate", "inductor's random"]
     assert not found["launches"] and not found["ops"]
     assert found["in_place"] == 1 + 1 + 3 + 3  # of each site, forward and backward
+
+
+@pytest.mark.slow
+def test_loops_take_factors_in() -> None:
+    """DoRA's gain and IA³'s vectors, in a Llama's layer by the loops that are there anyway.
+
+    A factor by itself passes six times over what it scales: read and written; its gradient read and
+    written, and both read for the sum that is the factor's gradient.
+    """
+    rows, outs, scaled = 8192, 4096 + 1024 + 1024 + 4096 + 14336 + 14336 + 4096, 1024 + 1024 + 14336
+    found = printed("loops_without_gpu")
+    frozen, lora, dora, ia3 = (sum(found[n]) for n in ("frozen", "lora", "dora", "ia3"))
+    assert 0 < dora - lora < 2.2 * (rows * outs * 2)
+    assert 0 < ia3 - frozen < 1.8 * (rows * scaled * 2)
+    gate = [max(found[n]) for n in ("lora", "dora", "ia3")]  # and its activation, backward
+    assert max(gate) < 1.001 * min(gate)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,7 +17,7 @@ from peftfx.kernels.definition import Defined
 from peftfx.kernels.devices import why_plain
 from peftfx.kernels.linear_cross_entropy import op
 from peftfx.losses import linear_cross_entropy, linear_kl
-from tests.helpers import relative
+from tests.helpers import peak, relative
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 SHAPES = [(1, 3, 2), (7, 5, 4), (13, 11, 6), (0, 5, 3)]  # rows, classes, width
@@ -192,20 +191,6 @@ def test_refusals() -> None:
         first.sum().backward()
 
 
-def peak(run: Callable[[], Tensor]) -> int:
-    """The most bytes that are allocated at once beside what there was."""
-    profile = torch.profiler.profile
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        run().backward()
-    now = most = 0
-    results: Any = found.profiler
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most
-
-
 @pytest.mark.parametrize("chunk", [64, 128])
 def test_memory_is_that_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither logits nor their gradient are whole, whatever the rows."""
@@ -216,13 +201,43 @@ def test_memory_is_that_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) 
     def ours(m: int) -> int:
         x, labels = torch.randn(m, k, requires_grad=True), torch.randint(v, (m,))
         rows = 3 * m * (k + 4) * 4  # x's gradients, losses, labels
-        return peak(lambda: linear_cross_entropy(x, weight, labels, chunk=chunk)) - rows
+        loss = lambda: linear_cross_entropy(x, weight, labels, chunk=chunk)  # noqa: E731
+        return peak(lambda: loss().backward()) - rows
 
     buffer, parts = chunk * v * 4, 4 * 8 * v * 4
     assert ours(256) < buffer + parts and ours(1024) < buffer + parts < 256 * v * 4
     x, labels = torch.randn(1024, k, requires_grad=True), torch.randint(v, (1024,))
-    whole = peak(lambda: F.cross_entropy(F.linear(x, weight), labels))
+    whole = peak(lambda: F.cross_entropy(F.linear(x, weight), labels).backward())
     assert whole > 2 * 1024 * v * 4
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_memory_is_the_same_whatever_rows_and_classes(
+    soft: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By default a chunk has fewer rows where there are more classes, down to 1024 of them."""
+    for v in (1000, 49_152, 128_256, 256_000):
+        assert op.rows_of(0, v) * v <= max(op.BUFFER, op.LEAST * v)
+    k, buffer, part = 16, 2**17, 2**14
+    monkeypatch.setattr(op, "LEAST", 8)
+    monkeypatch.setattr(op, "BUFFER", buffer)
+    monkeypatch.setattr(op, "PART", part)
+
+    def taken(m: int, v: int) -> int:
+        x, weight = torch.randn(m, k, requires_grad=True), torch.randn(v, k)
+        labels, teacher = torch.randint(v, (m,)), (torch.randn(m, k), torch.randn(v, k))
+
+        def step() -> None:
+            if soft:
+                linear_kl(x, weight, teacher[0], teacher_weight=teacher[1]).backward()
+            else:
+                linear_cross_entropy(x, weight, labels, label_smoothing=0.1).backward()
+
+        return peak(step) - 3 * m * (k + 4) * 4
+
+    held = (1 + soft) * buffer * 4 + 8 * part * 4  # the teacher's logits are there too
+    sizes = [(64, 4096), (512, 4096), (64, 16384), (512, 16384)]
+    assert all(buffer * 4 <= taken(m, v) <= held < m * v * 4 * 2 for m, v in sizes)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

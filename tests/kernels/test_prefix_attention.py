@@ -9,11 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from peftfx import dynamo
 from peftfx.kernels.prefix_attention import op, own
-from tests.helpers import relative
+from tests.helpers import Seen, relative
 
 BOUND = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 5e-3}
 
@@ -191,27 +190,17 @@ def test_shapes_that_kernels_for_gpus_are_given(case: Any, monkeypatch: pytest.M
     """On tensors without memory, forward and backward: the kernel, and what it is given."""
     monkeypatch.setattr(own, "kernel", own.on_gpu)
     *shape, name = case
-    calls: dict[str, Any] = {}
-
-    class Calls(TorchDispatchMode):
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if "scaled_dot_product" in str(func):
-                calls[str(func)] = args
-            return func(*args, **(kwargs or {}))
-
     c = on("meta", *shape)
     assert op.why_joined(c.q, c.k, c.v, c.mask, c.causal, 0.0) is None
-    with Calls():
+    with Seen() as seen:
         out, lse = op.prefix_attention(*c.args())
         grads = op.prefix_attention_backward(out, out, lse, *c.args())
     assert out.shape == c.q.shape and lse.shape == c.q.shape[:-1] and lse.dtype == torch.float32
     given_ = (c.q, c.k, c.v, c.pk, c.pv)
     assert [g.shape for g in grads] == [t.shape for t in given_]
     assert [g.dtype for g in grads] == [t.dtype for t in given_]
-    (forward, args), (backward, back) = calls.items()
-    assert f"_{name}_attention.default" in forward and f"_{name}_attention_backward" in backward
+    op_name = f"aten::_scaled_dot_product_{name}_attention"
+    (args,), (back,) = seen.calls[op_name], seen.calls[f"{op_name}_backward"]
     assert all(t.stride(-1) == 1 for t in args[:3])
     if name == "efficient":
         assert args[1].shape[1] == c.q.shape[1] and back[6].shape[-1] % 32 == 0
@@ -219,6 +208,37 @@ def test_shapes_that_kernels_for_gpus_are_given(case: Any, monkeypatch: pytest.M
             assert args[3].shape == (*c.q.shape[:-1], c.k.shape[2])
             assert args[3].stride(-1) == 1 and all(s % 8 == 0 for s in args[3].stride()[:-1])
             assert c.mask is not None and (c.mask.shape[1] > 1 or args[3].stride(1) == 0)
+
+
+@pytest.mark.parametrize("kernel", ["cpu", "flash", "efficient"])
+@pytest.mark.parametrize("heads", [(4, 4, 4), (8, 2, 2)])
+def test_no_mask_is_made(
+    kernel: str, heads: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Causal attention stays its kernel's, told that it is; nothing has queries by keys."""
+    s = 1024
+    if kernel != "cpu":
+        monkeypatch.setattr(own, "kernel", own.on_gpu)
+    dtype = torch.bfloat16 if kernel == "flash" else torch.float32
+    c = Case(heads, s, s, 3, 16, "causal", dtype)
+    if kernel != "cpu":
+        for name in ("q", "k", "v", "pk", "pv"):
+            setattr(c, name, getattr(c, name).to("meta"))
+    with Seen() as seen:
+        out, lse = op.prefix_attention(*c.args())
+        op.prefix_attention_backward(out, out, lse, *c.args())
+    assert seen.size < s * s
+    of = {"cpu": "flash_attention_for_cpu", "flash": "flash_attention"}.get(
+        kernel, "efficient_attention"
+    )
+    ran = [name for name in seen.calls if "scaled_dot_product" in name]
+    assert ran == [f"aten::_scaled_dot_product_{of}{way}" for way in ("", "_backward")]
+    for name in ran:
+        (args,) = seen.calls[name]
+        assert True in [a for a in args if isinstance(a, bool)]
+        if kernel != "efficient":  # grouped heads as they are
+            grouped = [t for t in args if isinstance(t, Tensor) and t.shape == c.k.shape]
+            assert len(grouped) >= 2
 
 
 def test_what_no_kernel_for_gpus_takes_is_joined() -> None:
