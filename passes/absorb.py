@@ -146,13 +146,13 @@ class _Made:
     @classmethod
     def of(cls, found: Producer, x: fx.Node) -> _Made:
         if found.op == "gate_shrink":
-            return cls(found, x, found.sources, looped=not all(map(_stored, found.sources)))
+            return cls(found, x, found.sources, looped=not all(map(stored, found.sources)))
         source = found.sources[0]
-        if _stored(source):
+        if stored(source):
             return cls(found, x, found.sources)
         if source.target is aten.add.Tensor and not source.kwargs:
             parts = [uncast(n) for n in source.args[:2] if isinstance(n, fx.Node)]
-            fit = [_alike(n, source) and (_stored(n) or len(n.users) > 1) for n in parts]
+            fit = [_alike(n, source) and (stored(n) or len(n.users) > 1) for n in parts]
             if fit == [True, True]:
                 return cls(found, x, tuple(parts), total=source)
         return cls(found, x, found.sources, looped=True)
@@ -241,7 +241,7 @@ def replace(graph: fx.Graph, node: fx.Node, result: Any) -> None:
     graph.erase_node(node)
 
 
-def _stored(node: fx.Node) -> bool:
+def stored(node: fx.Node) -> bool:
     """Whether *node* lies in memory, whatever is fused: an input, or what no loop makes."""
     while node.op == "call_function" and node.target in VIEWS:
         node = node.all_input_nodes[0]

@@ -8,7 +8,7 @@ compiler fuses what it can.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,8 +18,16 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from peftfx import dynamo
 from peftfx.engine import GraphPasses, sources
-from peftfx.passes.absorb import replace
+from peftfx.kernels.low_rank_linear.runner import COUNTERS
+from peftfx.passes.absorb import replace, stored
 from peftfx.passes.claims import CLAIMS, Claim, cost
+
+aten = torch.ops.aten
+VIEWS = (
+    aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.squeeze.dims, aten.permute.default, aten.transpose.int, aten.t.default,
+    aten.alias.default, aten.detach.default,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,11 +52,13 @@ class LowerPass:
 
     Args:
         before: passes that are run first.
+        inductor: whether it is Inductor's graph.
     """
 
     claims: Sequence[Claim] = CLAIMS
     choices: list[Choice] = field(default_factory=list)
     before: GraphPasses | None = None
+    inductor: bool = False
     _traced: dict[str, fx.Graph] = field(default_factory=dict)  # forms of one graph, see `_form`
 
     def __call__(self, graph: fx.Graph) -> None:
@@ -61,6 +71,7 @@ class LowerPass:
                 if not self._lower(graph, node):
                     kept.add(node)
         _share_masks(graph)
+        join_counters(graph)
         graph.lint()
 
     def uuid(self) -> str:
@@ -79,7 +90,8 @@ class LowerPass:
         emit = claim.emit
         if emit is None:
             return False
-        splice(graph, node, self._form(node, claim.name, lambda *given: emit(name, *given)))
+        form = self._form(node, claim.name, lambda *given: emit(name, *given))
+        splice(graph, node, form, self.inductor)
         return True
 
     def _form(self, node: fx.Node, claim: str, form: Callable[..., Any]) -> fx.Graph:
@@ -137,7 +149,7 @@ def _trace(node: fx.Node, form: Callable[..., Any], values: Sequence[Tensor]) ->
         return make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values).graph
 
 
-def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph) -> None:
+def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph, inductor: bool = False) -> None:
     """Puts *form*, a graph on the operands of *node*, in the node's place."""
     mapping: dict[fx.Node, Any] = {}
     inputs = iter(operands(node))
@@ -147,6 +159,9 @@ def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph) -> None:
                 mapping[inner] = next(inputs)
             elif inner.op == "output":
                 result = fx.node.map_arg(inner.args[0], lambda n: mapping[n])
+            elif inner.target is aten.alias.default:
+                value = mapping[inner.all_input_nodes[0]]
+                mapping[inner] = _in_memory(graph, value) if inductor else value
             else:
                 copy = graph.node_copy(inner, lambda n: mapping[n])
                 copy.meta.update(inner.meta)
@@ -167,6 +182,73 @@ def _share_masks(graph: fx.Graph) -> None:
         if first is not node:
             node.replace_all_uses_with(first)
             graph.erase_node(node)
+
+
+def _in_memory(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    """*value*, which Inductor then writes once.
+
+    What a loop makes it would write for each argument of each launch by itself, and once more for
+    whoever else reads it: so that all are to read what is written, or, where its strides are not
+    known, the launches of one op at least.
+    """
+    base = value
+    while base.target in VIEWS:
+        base = base.all_input_nodes[0]
+    known = [] if stored(base) else [n for n in (base, value) if _strides(n)]
+    if not known:
+        return value
+    written = _written(graph, known[0])
+    return written if known[0] is value else value
+
+
+def _written(graph: fx.Graph, value: fx.Node) -> fx.Node:
+    found = next((user for user in value.users if user.target is dynamo.in_memory()), None)
+    if found is not None:
+        return found
+    with graph.inserting_after(value):
+        written = graph.call_function(dynamo.in_memory(), (value, _strides(value)))
+    written.meta.update(value.meta)
+    value.replace_all_uses_with(written, delete_user_cb=lambda user: user is not written)
+    return written
+
+
+def _strides(node: fx.Node) -> list[int]:
+    """The strides of a node's value; none where they are symbolic."""
+    strides = dynamo.fake_value(node).stride()
+    return list(strides) if all(isinstance(s, int) for s in strides) else []
+
+
+def join_counters(graph: fx.Graph) -> None:
+    """One fill for the counters of all launches in *graph*: each by itself would be a launch."""
+    found: dict[torch.device, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if _is_counter(node):
+            found.setdefault(dynamo.fake_value(node).device, []).append(node)
+    for counters in found.values():
+        first, size = counters[0], COUNTERS * len(counters)
+        parts = []
+        with graph.inserting_before(first), dynamo.fake_value(first).fake_mode:
+            like: dict[str, Any] = {k: first.kwargs[k] for k in ("dtype", "device")}
+            whole = graph.call_function(aten.empty.memory_format, ([size],), like)
+            whole.meta.update(first.meta, val=torch.empty(size, **like))
+            filled = graph.call_function(aten.fill_.Scalar, (whole, 0))  # of real memory: a view
+            filled.meta.update(whole.meta)  # of a full is made anew, and what is changed copied
+            for start in range(0, size, COUNTERS):
+                cut = (0, start, start + COUNTERS)
+                parts.append(graph.call_function(aten.slice.Tensor, (whole, *cut)))
+                parts[-1].meta.update(first.meta, val=aten.slice.Tensor(whole.meta["val"], *cut))
+        for counter, part in zip(counters, parts, strict=True):
+            counter.replace_all_uses_with(part)
+            graph.erase_node(counter)
+
+
+def _is_counter(node: fx.Node) -> bool:
+    """Whether *node* is what :meth:`Runner.counter` makes, for a launch."""
+    if node.target is not aten.full.default or list(node.args) != [[COUNTERS], 0]:
+        return False
+    users = list(node.users)
+    launch: Any = users[0].kwargs.get("kwargs") if len(users) == 1 else None
+    return isinstance(launch, Mapping) and launch.get("count") is node
 
 
 def _in_place(node: fx.Node) -> fx.Node | None:

@@ -193,7 +193,7 @@ class Backend:
         parts = engine.GraphPasses(tuple(p for p in PARTS if p.name not in skip), report)
         if self.lower == "aot_eager":
             return dynamo.compile_aot(gm, inputs, LowerPass(CLAIMS, report.choices, parts), joint)
-        lower = LowerPass(INDUCTOR_CLAIMS, report.choices, parts)
+        lower = LowerPass(INDUCTOR_CLAIMS, report.choices, parts, inductor=True)
         if self.snapshots:  # a cached graph has no choices to tell of
             options = {"force_disable_caches": True, **options}
         return dynamo.compile_inductor(gm, inputs, lower, mode, options, joint)

@@ -380,3 +380,11 @@ def inductor_random(size: list[Any], key: Any) -> Any:
     from torch._inductor import inductor_prims
 
     return inductor_prims.random(size, key, "rand")
+
+
+def in_memory() -> Any:
+    """An op of Inductor's, given a tensor and its strides: the same tensor, written once."""
+    from torch._inductor import inductor_prims
+
+    assert inductor_prims
+    return torch.ops.prims.inductor_force_stride_order.default

@@ -31,6 +31,8 @@ CALLS = (
     (Sizes(256), True),
     (Sizes(256), False),
     (Sizes(64), True),
+    (Sizes(64, outs=(14336, 14336)), False),
+    (Sizes(32, rank=64), False),
     (Sizes(8, outs=GROUP), True),
 )
 SHRINKS = (

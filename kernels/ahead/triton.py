@@ -20,7 +20,7 @@ from peftfx.kernels.devices import Target
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
-    torch.int8: "*i8",
+    torch.int32: "*i32", torch.int8: "*i8",
 }  # fmt: skip
 
 

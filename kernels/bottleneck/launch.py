@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftfx import dynamo
 from peftfx.kernels.bottleneck.op import rows
-from peftfx.kernels.low_rank_linear.runner import Runner, block_r, cdiv, matrix, precision
+from peftfx.kernels.low_rank_linear.runner import Runner, block_r, cdiv, precision
 
 MOST_C = 128  # the width that fits on the chip, of 16-bit operands: two tiles of it in fp32
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -62,8 +62,8 @@ def bottleneck(
     """``y + s·(U·f(D·h + d) + u)`` in one launch."""
     from peftfx.kernels.bottleneck.triton import bottleneck_fwd_kernel as kernel
 
-    wide = matrix(y)
-    given = wide if h is None else matrix(h.to(y.dtype))
+    wide = run.matrix(y)
+    given = wide if h is None else run.matrix(h.to(y.dtype))
     out = torch.empty_like(y)
     common = _common(run, wide, (down, down_bias, up, up_bias, scale))
     run(
@@ -82,7 +82,7 @@ def bottleneck_backward(
     from peftfx.kernels.bottleneck.triton import bottleneck_bwd_kernel as kernel
 
     need_h, need_weights, need_scale = mask
-    wide, given = matrix(dy), matrix(h.to(dy.dtype))
+    wide, given = run.matrix(dy), run.matrix(h.to(dy.dtype))
     common = _common(run, wide, (down, down_bias, up, up_bias, scale))
     M, N, C = wide.shape[0], wide.shape[1], down.shape[0]
     parts, needs = cdiv(M, common["BLOCK_M"]), need_weights or need_scale

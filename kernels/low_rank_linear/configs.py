@@ -73,21 +73,26 @@ def shipped() -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rule:
-    """A shipped tile and the calls that it is for: so many rows at most, with dropout."""
+    """A shipped tile and the calls that it is for: so many rows at most, so many columns of all
+    sites at least, with dropout."""
 
     config: Config
     rows: int | None = None
+    columns: int = 0
     drops: bool = False
 
     def fits(self, shape: Shape) -> bool:
-        return (self.rows is None or shape.m <= self.rows) and (shape.drops or not self.drops)
+        few = self.rows is None or shape.m <= self.rows
+        return few and shape.n >= self.columns and (shape.drops or not self.drops)
 
 
 def rules(kernel: str, target: str, dtype: torch.dtype) -> list[Rule]:
     """Shipped tiles of *kernel* on *target*; the first that fits is taken. None: no such kernel."""
     found = shipped()[target].get(kernel, [])
     listed = found.get(str(8 * dtype.itemsize), []) if isinstance(found, Mapping) else found
-    return [Rule(_config(entry), entry.get("rows"), entry.get("drops", False)) for entry in listed]
+    return [
+        Rule(_config(e), e.get("rows"), e.get("columns", 0), e.get("drops", False)) for e in listed
+    ]
 
 
 def has(kernel: str, target: str, dtype: torch.dtype) -> bool:
@@ -96,7 +101,7 @@ def has(kernel: str, target: str, dtype: torch.dtype) -> bool:
 
 
 def _config(entry: Mapping[str, Any]) -> Config:
-    return Config(**{k: v for k, v in entry.items() if k not in ("rows", "drops")})
+    return Config(**{k: v for k, v in entry.items() if k not in ("rows", "columns", "drops")})
 
 
 @functools.lru_cache(maxsize=4096)

@@ -16,7 +16,9 @@ from torch import Tensor
 from peftfx import dynamo
 from peftfx.kernels.low_rank_linear.configs import Shape
 from peftfx.kernels.low_rank_linear.runner import (
+    DEPTH,
     KEEP,
+    POLLS,
     STEP_R,
     Drop,
     Runner,
@@ -54,7 +56,7 @@ def forward(
     One launch where few rows make it worth it, else two: S, then all outputs. One where *S* is
     given, which makes A needless.
     """
-    rows, ranks, weights = matrix(x), [b.shape[1] for b in B], alike(weights)
+    rows, ranks, weights = run.matrix(x), [b.shape[1] for b in B], alike(weights)
     outs, R = [b.shape[0] for b in B], sum(ranks)
     M, K, count = rows.shape[0], rows.shape[1], len(B)
     shape = Shape(dynamo.hint(M), K, sum(outs), R, x.dtype, count, drop.seed is not None)
@@ -84,7 +86,7 @@ def forward(
         **common, "s": s, **three("b", B), **three("bias", filled), **three("scale", scales),
         **three("y", ys), **three("N", outs), **three("R", ranks), "COUNT": count,
     }  # fmt: skip
-    source = rows if base is None else matrix(base)
+    source = rows if base is None else run.matrix(base)
     chosen = run.config("decode" if few else "fwd" if base is None else "add", shape)
     m, n, k = chosen.block_m, chosen.block_n, chosen.block_k
     shared |= {
@@ -94,8 +96,17 @@ def forward(
         "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "EVEN": K % k == 0, **chosen.run,
     }  # fmt: skip
     if few:
-        shared |= {**three("a", [a.contiguous() for a in A]), "BLOCK_R": block_r(ranks)}
-        run(kernels().decode, (columns(outs, n), cdiv(M, m)), **shared)
+        width, tiles_m = block_r(ranks), cdiv(M, m)
+        parts = min(chosen.parts or cdiv(K, DEPTH), cdiv(K, k))
+        depth = cdiv(K, parts * k) * k
+        parts = cdiv(K, depth)
+        run(
+            kernels().decode,
+            ((count * parts + columns(outs, n)) * tiles_m,),
+            **{**shared, "BLOCK_R": width}, **three("a", [a.contiguous() for a in A]),
+            low_parts=s.new_empty((parts, M, R), dtype=torch.float32), parts=parts, depth=depth,
+            count=run.counter(x), STEP=max(16, 16 * k // width), POLLS=POLLS,
+        )  # fmt: skip
     else:
         grid = (columns(outs, n) * cdiv(M, m),)
         run(kernels().fwd, grid, GROUP_M=chosen.group_m, HAS_W=base is None, **shared)
@@ -140,7 +151,7 @@ def _s(run: Runner, rows: Tensor, a: Tensor, s: Tensor, shape: Shape, drop: Drop
         kernels().s,
         (cdiv(M, chosen.block_m), cdiv(R, wide), parts),
         x=rows, a=a, out=out, M=M, K=K, R=R, x_row=rows.stride(0), depth=depth,
-        **dropping(drop, rows), BLOCK_M=chosen.block_m, BLOCK_R=wide, BLOCK_K=chosen.block_k,
+        **dropping(drop, s), BLOCK_M=chosen.block_m, BLOCK_R=wide, BLOCK_K=chosen.block_k,
         EVEN=K % chosen.block_k == 0,
         PRECISION=precision(rows.dtype, run.device), **chosen.run,
     )  # fmt: skip
@@ -188,8 +199,8 @@ def backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """dX, dA, dB of up to three sites on one x. What *mask* leaves out comes back empty."""
     need_x, need_a, need_b = mask
-    rows, low, weights = matrix(x.to(dys[0].dtype)), matrix(S), alike(weights)
-    wide = [matrix(dy) for dy in dys]
+    rows, low, weights = run.matrix(x.to(dys[0].dtype)), matrix(S), alike(weights)
+    wide = [run.matrix(dy) for dy in dys]
     A, B = [a.contiguous() for a in A], [b.contiguous() for b in B]
     ranks, outs = [a.shape[0] for a in A], [b.shape[0] for b in B]
     M, K, R, count = rows.shape[0], rows.shape[1], sum(ranks), len(A)
@@ -231,7 +242,7 @@ def _dx(
     tiles = cdiv(M, m) * cdiv(K, n)
     shared: dict[str, Any] = {
         "ds": ds, "a": a, "dx": dx, "M": M, "K": K, **three("N", outs), "R": R, "ds_row": R,
-        **dropping(drop, rows), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
+        **dropping(drop, ds), "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k,
         "BLOCK_R": block_r([R], STEP_R), "GROUP_M": chosen.group_m, "COUNT": len(wide),
         "PRECISION": precision(dx.dtype, run.device), **chosen.run,
     }  # fmt: skip
@@ -241,7 +252,7 @@ def _dx(
         grid = (min(tiles, run.device.processors),)
         run(kernels().dx_descriptor, grid, **left, **right, **shared)
         return
-    w = weights or [rows]
+    w = weights or [ds]
     run(
         kernels().dx,
         (tiles,),
@@ -305,7 +316,7 @@ def _da(
         kernels().da,
         (cdiv(K, chosen.block_k), parts, cdiv(R, thin)),
         x=rows, ds=ds, da=planes, M=M, K=K, R=R, x_row=rows.stride(0), ds_row=R, depth=depth,
-        **dropping(drop, rows), BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k, BLOCK_R=thin,
+        **dropping(drop, ds), BLOCK_M=chosen.block_m, BLOCK_K=chosen.block_k, BLOCK_R=thin,
         PRECISION=precision(rows.dtype, run.device), **chosen.run,
     )  # fmt: skip
     ranks = [da.shape[0] for da in das]

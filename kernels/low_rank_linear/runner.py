@@ -19,6 +19,9 @@ from peftfx.kernels.philox.op import offset
 SITES = 3  # that one launch can join
 FEW = 64  # rows for which W's bytes are all that counts
 MOST_R = 64  # ranks in one tile
+DEPTH = 512  # of K, that one program of the launch for few rows makes S of
+POLLS = 100  # looks at a counter, some 0.1 ms, before a program does what others should have done
+COUNTERS = 4  # numbers of a counter: 16 bytes, so that one behind another is as aligned
 STEP_R = 32  # ranks in one step where registers are scarce: beside a wide product, and in fp32
 Configs = Callable[[str, Device, Shape], Config]
 
@@ -77,6 +80,15 @@ class Runner:
 
     def config(self, kernel: str, shape: Shape) -> Config:
         return self.configs(kernel, self.device, shape)
+
+    def matrix(self, t: Tensor) -> Tensor:
+        """*t* as a matrix whose rows are contiguous. Pass `lower` takes the alias for a sign that
+        it has to lie in memory."""
+        return torch.ops.aten.alias(matrix(t)) if self.traced else matrix(t)
+
+    def counter(self, like: Tensor) -> Tensor:
+        """A counter for one launch, at 0; pass `lower` makes one fill of all in a graph."""
+        return torch.full((COUNTERS,), 0, dtype=torch.int32, device=like.device)
 
     def parts(self, chosen: Config, programs: int, most: int) -> int:
         """How often to split a sum so that *programs* fill the device twice; from 1 to *most*."""
@@ -144,9 +156,9 @@ def three(name: str, values: Sequence[Any]) -> dict[str, Any]:
     return {f"{name}{i}": values[i if i < len(values) else 0] for i in range(SITES)}
 
 
-def dropping(drop: Drop, x: Tensor) -> dict[str, Any]:
-    """Arguments of a kernel that may drop."""
-    seed = x if drop.seed is None else drop.seed.to(x.device)
+def dropping(drop: Drop, other: Tensor) -> dict[str, Any]:
+    """Arguments of a kernel that may drop; *other*, of the launch's own, is where no seed is."""
+    seed = other if drop.seed is None else drop.seed.to(other.device)
     return {
         "seed": seed, "stream": offset(drop.site), "p": float(drop.p),
         "rest": 1.0 / (1.0 - drop.p), "DROPS": drop.seed is not None,
@@ -173,7 +185,7 @@ def precision(dtype: torch.dtype, device: Device) -> str:
 
 def one_launch(shape: Shape, ranks: Sequence[int]) -> bool:
     """Whether the forward is the kernel for few rows."""
-    return shape.m <= FEW and max(ranks) <= MOST_R and not shape.drops
+    return shape.m <= FEW and max(ranks) <= most_r(shape.dtype) and not shape.drops
 
 
 def block_r(ranks: Sequence[int], most: int = MOST_R) -> int:
@@ -183,7 +195,12 @@ def block_r(ranks: Sequence[int], most: int = MOST_R) -> int:
 
 def thin_r(ranks: Sequence[int], dtype: torch.dtype) -> int:
     """Width of a tile of ranks in a thin product."""
-    return block_r(ranks, STEP_R if dtype == torch.float32 else MOST_R)
+    return block_r(ranks, most_r(dtype))
+
+
+def most_r(dtype: torch.dtype) -> int:
+    """Ranks in one tile."""
+    return STEP_R if dtype == torch.float32 else MOST_R
 
 
 def columns(outs: Sequence[int], block: int) -> int:

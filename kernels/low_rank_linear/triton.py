@@ -80,7 +80,7 @@ def _add_wide(
             inside = along < depth - start
             a = tl.load(left, mask=inside[None, :], other=0.0)
             b = tl.load(right, mask=inside[:, None], other=0.0)
-        acc = dot(a, b, acc, PRECISION)
+        acc = dot(a, b.to(a.dtype), acc, PRECISION)
         left += left_step
         right += right_step
     return acc
@@ -204,53 +204,107 @@ def low_rank_linear_dx_kernel(
 
 
 @triton.jit
+def _part_of_s(
+    x, a, row, r, part, K, R, x_row, depth,
+    BLOCK_M: tl.constexpr, BLOCK_R: tl.constexpr, STEP: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """x·Aᵀ [BM, BR] over the *part*-th *depth* of K, fp32."""
+    start, k = part * depth, tl.arange(0, STEP)
+    left = x + row[:, None] * x_row + start + k[None, :]
+    right = a + (r % R)[None, :] * K + start + k[:, None]
+    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    depth = tl.minimum(depth, K - start)
+    return _add_wide(low, left, right, STEP, STEP, depth, STEP, EVEN, PRECISION)
+
+
+@triton.jit
+def _await(count, enough, POLLS: tl.constexpr):
+    """Whether *count* reached *enough*, after POLLS more looks at most."""
+    seen = tl.atomic_add(count, 0, sem="acquire")
+    looks = 0
+    while (seen < enough) & (looks < POLLS):
+        seen = tl.atomic_add(count, 0, sem="acquire")
+        looks += 1
+    return seen >= enough
+
+
+@triton.jit
 def low_rank_linear_decode_kernel(
     x, s, w0, w1, w2, a0, a1, a2, b0, b1, b2, bias0, bias1, bias2, scale0, scale1, scale2,
-    y0, y1, y2, M, K, N0, N1, N2, R0, R1, R2, x_row, s_row, w_n, w_k,
+    y0, y1, y2, low_parts, count, M, K, N0, N1, N2, R0, R1, R2, x_row, s_row, w_n, w_k, parts,
+    depth,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
-    COUNT: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    STEP: tl.constexpr, POLLS: tl.constexpr, COUNT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The forward in one launch, meant for few rows (R ≤ BLOCK_R).
 
-    W streams through once per BLOCK_M rows; every program makes its own S, of an A that stays in
-    the L2 cache. A site's first program stores S.
+    The first programs make S, a part of K each, into *low_parts* [parts, M, ΣR], and add one to
+    *count*, which was 0. The others stream through W, once per BLOCK_M rows, and then want S: they
+    wait, but not for ever. Who looked POLLS times in vain makes S itself, by the same additions, so
+    that the bits are the same, and no order in which programs start can have them wait for each
+    other. A site's first program stores S.
     """
-    site, tile_n = _site_of(tl.program_id(0), N0, N1, N2, BLOCK_N, COUNT)
-    N, R = pick(site, N0, N1, N2, COUNT), pick(site, R0, R1, R2, COUNT)
-    m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
-    row, column = (m % M).to(tl.int64), (n % N).to(tl.int64)
-    dtype = x.dtype.element_ty
-    left = x + row[:, None] * x_row + k[None, :]
-    right = pick(site, w0, w1, w2, COUNT) + column[None, :] * w_n + k[:, None] * w_k
-    thin = pick(site, a0, a1, a2, COUNT) + (r % R)[None, :] * K + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(0, K, BLOCK_K):
-        if EVEN:
-            xs, ws, at = tl.load(left), tl.load(right), tl.load(thin)
-        else:
-            inside = k < K - start
-            xs = tl.load(left, mask=inside[None, :], other=0.0)
-            ws = tl.load(right, mask=inside[:, None], other=0.0)
-            at = tl.load(thin, mask=inside[:, None], other=0.0)
-        acc = dot(xs, ws, acc, PRECISION)
-        low = dot(xs, at.to(dtype), low, PRECISION)
-        left += BLOCK_K
-        right += BLOCK_K * w_k
-        thin += BLOCK_K
-    first = s + pick(site, 0, R0, R0 + R1, COUNT)
-    width = tl.where(tile_n == 0, R, 0)
-    inside = (m[:, None] < M) & (r[None, :] < width)
-    tl.store(first + m.to(tl.int64)[:, None] * s_row + r[None, :], low.to(dtype), mask=inside)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    makers = COUNT * parts * tiles_m
+    program = tl.program_id(0)
+    r = tl.arange(0, BLOCK_R)
+    total = R0
+    if COUNT > 1:
+        total += R1
+    if COUNT > 2:
+        total += R2
+    if program < makers:
+        site, part = program // tiles_m // parts, program // tiles_m % parts
+        R = pick(site, R0, R1, R2, COUNT)
+        m = program % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        low = _part_of_s(
+            x, pick(site, a0, a1, a2, COUNT), (m % M).to(tl.int64), r, part, K, R, x_row, depth,
+            BLOCK_M, BLOCK_R, STEP, EVEN, PRECISION,
+        )  # fmt: skip
+        to = low_parts + pick(site, 0, R0, R0 + R1, COUNT)
+        to += (part * M + m).to(tl.int64)[:, None] * total
+        tl.store(to + r[None, :], low, mask=(m[:, None] < M) & (r[None, :] < R))
+        tl.debug_barrier()
+        tl.atomic_add(count, 1, sem="release")
+    else:
+        tile = program - makers
+        site, tile_n = _site_of(tile // tiles_m, N0, N1, N2, BLOCK_N, COUNT)
+        N, R = pick(site, N0, N1, N2, COUNT), pick(site, R0, R1, R2, COUNT)
+        m = tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+        row, column = (m % M).to(tl.int64), (n % N).to(tl.int64)
+        k = tl.arange(0, BLOCK_K)
+        left = x + row[:, None] * x_row + k[None, :]
+        right = pick(site, w0, w1, w2, COUNT) + column[None, :] * w_n + k[:, None] * w_k
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc = _add_wide(acc, left, right, BLOCK_K, BLOCK_K * w_k, K, BLOCK_K, EVEN, PRECISION)
+        up = pick(site, b0, b1, b2, COUNT) + column[None, :] * R + r[:, None]
+        b = tl.load(up, mask=r[:, None] < R, other=0.0)  # [BR, BN]
+        scale = tl.load(pick(site, scale0, scale1, scale2, COUNT)).to(tl.float32)
+        if HAS_BIAS:
+            acc += tl.load(pick(site, bias0, bias1, bias2, COUNT) + column).to(tl.float32)[None, :]
 
-    scale = tl.load(pick(site, scale0, scale1, scale2, COUNT)).to(tl.float32)
-    scaled = tl.where(r[None, :] < R, low.to(dtype).to(tl.float32) * scale, 0.0).to(dtype)
-    up = pick(site, b0, b1, b2, COUNT) + column[None, :] * R + r[:, None]
-    b = tl.load(up, mask=r[:, None] < R, other=0.0).to(dtype)  # [BR, BN]
-    acc = dot(scaled, b, acc, PRECISION)
-    if HAS_BIAS:
-        acc += tl.load(pick(site, bias0, bias1, bias2, COUNT) + column).to(tl.float32)[None, :]
-    y = pick(site, y0, y1, y2, COUNT) + m.to(tl.int64)[:, None] * N + n[None, :]
-    tl.store(y, acc.to(dtype), mask=(m[:, None] < M) & (n[None, :] < N))
+        first = pick(site, 0, R0, R0 + R1, COUNT)
+        here = (m[:, None] < M) & (r[None, :] < R)
+        low = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+        if _await(count, makers, POLLS):
+            at = low_parts + first + m.to(tl.int64)[:, None] * total + r[None, :]
+            for _ in range(parts):
+                low += tl.load(at, mask=here, other=0.0, cache_modifier=".cg")
+                at += M * total
+        else:
+            a = pick(site, a0, a1, a2, COUNT)
+            for part in range(parts):
+                low += _part_of_s(
+                    x, a, row, r, part, K, R, x_row, depth, BLOCK_M, BLOCK_R, STEP, EVEN, PRECISION
+                )
+        dtype: tl.constexpr = x.dtype.element_ty
+        at = s + first + m.to(tl.int64)[:, None] * s_row + r[None, :]
+        width = tl.where(tile_n == 0, R, 0)
+        tl.store(at, low.to(dtype), mask=(m[:, None] < M) & (r[None, :] < width))
+        scaled = tl.where(r[None, :] < R, low.to(dtype).to(tl.float32) * scale, 0.0).to(dtype)
+        acc = dot(scaled, b.to(dtype), acc, PRECISION)
+        y = pick(site, y0, y1, y2, COUNT) + m.to(tl.int64)[:, None] * N + n[None, :]
+        tl.store(y, acc.to(dtype), mask=(m[:, None] < M) & (n[None, :] < N))

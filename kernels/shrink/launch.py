@@ -23,7 +23,6 @@ from peftfx.kernels.low_rank_linear.runner import (
     block_r,
     cdiv,
     joined,
-    matrix,
     precision,
 )
 from peftfx.kernels.shrink.op import DEFINITIONS, SCHEMAS
@@ -52,14 +51,14 @@ def norm_shrink(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As the op's definition."""
-    rows, shape = matrix(x), shape_of("norm_shrink", x, A, dtype)
+    rows, shape = run.matrix(x), shape_of("norm_shrink", x, A, dtype)
     lead, wide = x.shape[:-1], torch.float32
     total = x.new_empty(0 if more is None else x.shape)
     y = x.new_empty(x.shape, dtype=dtype)
     s = x.new_empty((*lead, shape.r), dtype=dtype)
     mean = x.new_empty((*lead, 1) if centred else 0, dtype=wide)
     rstd = x.new_empty((*lead, 1), dtype=wide)
-    added = rows if more is None else matrix(more)
+    added = rows if more is None else run.matrix(more)
     grid, tile = _tile(run, "norm_shrink", rows, shape)
     run(
         kernels().norm_shrink, grid, **tile, x=rows, more=added,
@@ -76,8 +75,8 @@ def gate_shrink(
     run: Runner, gate: Tensor, up: Tensor | None, A: Sequence[Tensor], act: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """As the op's definition."""
-    rows, shape = matrix(gate), shape_of("gate_shrink", gate, A, dtype)
-    other = rows if up is None else matrix(up)
+    rows, shape = run.matrix(gate), shape_of("gate_shrink", gate, A, dtype)
+    other = rows if up is None else run.matrix(up)
     y = gate.new_empty(gate.shape, dtype=dtype)
     s = gate.new_empty((*gate.shape[:-1], shape.r), dtype=dtype)
     grid, tile = _tile(run, "gate_shrink", rows, shape)

@@ -18,10 +18,10 @@ from peftfx.errors import SpecError, nearest
 from peftfx.kernels import measured
 from peftfx.kernels.devices import KNOWN, Device, computes
 from peftfx.kernels.fused import FORMS as FUSED
-from peftfx.kernels.low_rank_linear.configs import Shape
+from peftfx.kernels.low_rank_linear.configs import Shape, config
 from peftfx.kernels.low_rank_linear.forms import FORMS as OPS
 from peftfx.kernels.low_rank_linear.forms import shape_of, tensors
-from peftfx.kernels.low_rank_linear.runner import FEW, MOST_R
+from peftfx.kernels.low_rank_linear.runner import DEPTH, one_launch
 
 FORMS = ("triton", "opaque", "accumulate", "folded", "definition", "absorbed")
 BACKWARD = ("low_rank_backward", "low_rank_group_backward")
@@ -62,6 +62,7 @@ ASSUMED = {
 }
 CORE = (0.5, 0.1, 0.1, 8.0)
 LAUNCH = 3.0
+CACHE = 3.0  # rate of the L2 cache over the memory's, a guess
 
 
 def figures(device: Device) -> Figures | None:
@@ -137,8 +138,8 @@ class Call:
     @property
     def few(self) -> bool:
         """Whether the kernels take it in one launch."""
-        enough = self.shape.m <= FEW and max(self.ranks) <= MOST_R and not self.shape.drops
-        return enough and self.has_weight and self.op not in (*BACKWARD, EXPAND)
+        alone = self.has_weight and self.op not in (*BACKWARD, EXPAND)
+        return alone and one_launch(self.shape, self.ranks)
 
 
 def least(call: Call) -> Price:
@@ -183,10 +184,16 @@ def prices(call: Call, device: Device) -> dict[str, Price]:
 
 @dataclass(frozen=True)
 class Part:
-    """One launch: operations at the matrix rate, and bytes."""
+    """One launch: operations at the matrix rate, bytes of memory, and bytes read once more."""
 
     flops: int
     bytes: int
+    again: int = 0  # from the L2 cache, which what is read from memory goes through as well
+
+    def seconds(self, rate: float, memory: float) -> float:
+        """Without the launch itself."""
+        cached = (self.bytes + self.again) / (CACHE * memory)
+        return max(self.flops / rate, self.bytes / memory, cached)
 
 
 def _price(call: Call, parts: Sequence[Part], rates: Figures, efficiency: float = 1.0) -> Price:
@@ -195,7 +202,7 @@ def _price(call: Call, parts: Sequence[Part], rates: Figures, efficiency: float 
 
 def _sum(parts: Sequence[Part], rates: Figures, rate: float) -> Price:
     memory = rates.gigabytes * 1e9
-    seconds = sum(max(p.flops / rate, p.bytes / memory) + rates.launch * 1e-6 for p in parts)
+    seconds = sum(p.seconds(rate, memory) + rates.launch * 1e-6 for p in parts)
     return Price(sum(p.flops for p in parts), sum(p.bytes for p in parts), seconds, rates.source)
 
 
@@ -218,8 +225,8 @@ def _triton(call: Call, device: Device) -> list[Part]:
     low = sum(n * r for n, r in zip(call.outs, call.ranks, strict=True))
     weights = s.n * s.k * e if call.has_weight else 0
     a, b = s.r * s.k * call.factor_bytes, low * call.factor_bytes
-    if call.few:  # every program of 32 columns reads its A, from a cache three times as fast
-        return [Part(whole.flops, whole.bytes + s.n // 32 * a // len(call.ranks) // 3)]
+    if call.few:
+        return [Part(whole.flops, whole.bytes, _again(call, device))]
     wide = 2 * s.m * s.n * s.k if call.has_weight else 0
     if call.op not in BACKWARD:
         product = Part(
@@ -240,6 +247,19 @@ def _triton(call: Call, device: Device) -> list[Part]:
         Part(0, planes_a + a),
         Part(wide + 2 * s.m * s.r * s.k, (s.m * (s.n + s.k + s.r)) * e + weights + a),
     ]
+
+
+def _again(call: Call, device: Device) -> int:
+    """Bytes that the launch for few rows reads more than once: x, W where rows are several tiles,
+    and the parts that S is the sum of."""
+    s, e = call.shape, call.shape.dtype.itemsize
+    tile = config("decode", device, s)
+    columns = sum(-(-n // tile.block_n) for n in call.outs)
+    parts = tile.parts or -(-s.k // DEPTH)
+    tiles = -(-s.m // tile.block_m)
+    low = columns * parts * s.m * 4 * s.r // len(call.ranks)
+    x = (columns + len(call.outs)) * tiles * tile.block_m * s.k * e  # those beyond M, too
+    return x + (tiles - 1) * s.n * s.k * e + low
 
 
 def _library(call: Call, in_place: bool) -> list[Part]:

@@ -16,7 +16,6 @@ from peftfx.kernels.shrink.launch import FORMS, MOST_R, compute, shape_of
 from peftfx.passes.claims import cost
 from peftfx.passes.claims.kernels import DTYPES
 
-CACHE = 3.0  # rate of the L2 cache over the memory's, a guess
 ROWS = 16  # of a program
 ABSORBED = "absorbed"  # what PEFTFX_FORMS calls a low-rank op whose S is made elsewhere
 
@@ -96,7 +95,7 @@ def price(op: str, args: Sequence[Any], device: Device | None) -> float | None:
     most = max(
         flops / (rates.rate(shape.dtype, shape.tf32) * filled),
         once / memory,
-        (once + again) / (CACHE * memory),
+        (once + again) / (cost.CACHE * memory),
     )
     return most + 2 * rates.launch * 1e-6  # A is joined and rounded first
 

@@ -27,7 +27,9 @@ def printed(module: str, *arguments: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, Any]:
-    return printed("inductor_without_gpu", "triton", "opaque", "accumulate")
+    return printed(
+        "inductor_without_gpu", "triton", "opaque", "accumulate", "triton:few", "triton:loops"
+    )
 
 
 def test_launches_are_inductors_own(code: dict[str, Any]) -> None:
@@ -49,7 +51,7 @@ def test_written_out_source_compiles(code: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("form", ["triton", "opaque", "accumulate"])
+@pytest.mark.parametrize("form", ["triton", "triton:loops", "opaque", "accumulate"])
 def test_no_size_is_baked_in(code: dict[str, Any], form: str) -> None:
     """Nothing but that indices fit in 31 bits is asked of a free M."""
     assert all(guard.endswith("<= 2147483647") for guard in code[form]["guards"])
@@ -59,6 +61,29 @@ def test_no_size_is_baked_in(code: dict[str, Any], form: str) -> None:
 def test_cuda_graphs_can_hold_it(code: dict[str, Any], form: str) -> None:
     """``mode="reduce-overhead"``: Inductor finds nothing in the graph that forbids a recording."""
     assert code[form]["no_cuda_graph"] is None
+
+
+def test_few_rows_are_one_launch_for_a_group(code: dict[str, Any]) -> None:
+    """And one more loop for all counters: each launch has its own 16 bytes of what that fills."""
+    found = code["triton:few"]
+    assert found["launches"] == ["low_rank_linear_decode_kernel"] * 2
+    assert len(found["arguments"]) == 3 and not found["library"] and not found["ops"]
+    first, second = found["counters"]
+    assert first.endswith(" 0)") and second == first.removesuffix("0)") + "4)"
+    assert list(found["compiled"]) == ["low_rank_linear_decode_kernel"]
+    assert found["no_cuda_graph"] is None
+
+
+def test_what_a_loop_makes_is_written_once(code: dict[str, Any]) -> None:
+    """And not for each argument of each launch; the x of dA in the loop that reads dX."""
+    found = code["triton:loops"]["arguments"]
+    given = {n.removeprefix("low_rank_linear_").partition("_kernel")[0]: a for n, a in found}
+    loops = [set(a) for n, a in found if not n.startswith("low_rank_linear")]
+    x, dys = given["s"][0], given["dsb"][:3]
+    assert x == given["fwd"][0] and given["dx"][:3] == dys and dys[0] == dys[2] != dys[1]
+    assert [sum({name} <= loop for loop in loops) for name in (x, *dys)] == [1] * 4
+    assert [given["da"][0] in loop for loop in loops].count(True) == 1
+    assert [{given["da"][0], given["dx"][9]} <= loop for loop in loops].count(True) == 1
 
 
 def test_opaque_ops_stay(code: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftfx.kernels.low_rank_linear import configs
+from peftfx.kernels.low_rank_linear import configs, launch
 from peftfx.kernels.low_rank_linear.forms import FORMS, OPAQUE, compute
 from peftfx.kernels.low_rank_linear.launch import backward, forward
 from peftfx.kernels.low_rank_linear.op import DEFINITIONS
@@ -83,6 +84,51 @@ def test_any_number_of_parts(device: str, parts: int) -> None:
     run = noting(device, configs=with_tile(parts=parts))
     agree(Case((90,), 64, (40, 17), (3, 30), device=device), run)
     assert "low_rank_linear_s_kernel" in run.launched
+
+
+class Counting(Noting):
+    """A runner whose counters start at *start*, and are kept."""
+
+    counters: list[Tensor]
+    start: int
+
+    def counter(self, like: Tensor) -> Tensor:
+        self.counters.append(super().counter(like).fill_(self.start))
+        return self.counters[-1]
+
+
+def counting(device: str, start: int, **changes: Any) -> Counting:
+    run = Counting(**{**vars(runner(device)), **changes})
+    for name, value in (("launched", []), ("counters", []), ("start", start)):
+        object.__setattr__(run, name, value)
+    return run
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@settings(max_examples=8)
+@given(data=st.data())
+def test_few_rows(device: str, data: Any) -> None:
+    """S by the first programs of the launch, or by who waited for them in vain: the same bits."""
+    parts, count = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 3))
+    rows, k = data.draw(st.sampled_from([1, 16, 17])), data.draw(st.integers(1, 100))
+    outs = tuple(data.draw(st.lists(st.integers(1, 20), min_size=count, max_size=count)))
+    ranks = tuple(data.draw(st.lists(st.integers(1, 20), min_size=count, max_size=count)))
+    case = Case((rows,), k, outs, ranks, data.draw(st.sampled_from(list(BOUND))), device=device)
+    given_, found = case.operands(), []
+    for start in (0, -(10**9)):
+        run = counting(device, start, configs=with_tile(parts=parts))
+        with poisoned(), mock.patch.object(launch, "POLLS", 2):
+            ys, s = forward(run, **given_)
+        assert run.launched == ["low_rank_linear_decode_kernel"]
+        tile = run.config("decode", configs.Shape(rows, k, sum(outs), sum(ranks), case.dtype))
+        steps = -(-k // tile.block_k)
+        made = -(-steps // -(-steps // min(parts, steps)))  # as many as have something to do
+        (counter,) = run.counters
+        assert counter[0] - start == count * made * -(-rows // tile.block_m)
+        assert not (counter[1:] - start).any()
+        found.append([*ys, s])
+    for got, other, want in zip(*found, reference(case, given_), strict=False):
+        assert torch.equal(got, other) and distance(got, want) < BOUND[case.dtype]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -217,6 +263,37 @@ def test_real_sizes(rows: int, outs: tuple[int, ...], p: float) -> None:
         run = replace(runner("cuda"), descriptors=descriptors)
         case = Case((rows,), 4096, outs, (16,) * len(outs), torch.bfloat16, p=p, device="cuda")
         agree(case, run)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 16, 32, 64])
+@pytest.mark.parametrize("outs", [(4096,), (4096, 1024, 1024), (14336, 14336)])
+def test_who_waits_gets_the_same_bits(rows: int, outs: tuple[int, ...]) -> None:
+    """Of real sizes: programs of one launch that run at once, again and again; or none that waits
+    for another."""
+    case = Case((rows,), 4096, outs, (16,) * len(outs), torch.bfloat16, device="cuda")
+    given_ = case.operands()
+    alone, s = forward(counting("cuda", -(10**9)), **given_)
+    assert distance(alone[0], reference(case, given_)[0]) < BOUND[case.dtype]
+    for _ in range(50):
+        ys, t = forward(runner("cuda"), **given_)
+        assert all(torch.equal(a, b) for a, b in zip([*ys, t], [*alone, s], strict=True))
+
+
+@pytest.mark.gpu
+def test_few_rows_in_a_cuda_graph() -> None:
+    """Replays count from 0 again: the fill is a part of what is captured."""
+    case = Case((8,), 4096, (4096, 1024, 1024), (16,) * 3, torch.bfloat16, device="cuda")
+    given_ = case.operands()
+    expected, _ = forward(runner("cuda"), **given_)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ys, _ = forward(runner("cuda"), **given_)
+    for _ in range(20):
+        for y in ys:
+            y.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(y, e) for y, e in zip(ys, expected, strict=True))
 
 
 @pytest.mark.gpu
