@@ -71,7 +71,10 @@ def root() -> Root | None:
 def _entered(frame: FrameType) -> Root | None:
     args = frame.f_locals.get("args", ())
     kwargs = frame.f_locals.get("kwargs", {})
-    target = getattr(frame.f_locals.get("fn"), "__self__", None)
+    fn = frame.f_locals.get("fn")
+    if getattr(fn, "__globals__", {}).get("__name__") == "torch._dynamo.external_utils":
+        fn = getattr(fn, "__wrapped__", None)  # 2.15: a frame around modules of torch's own
+    target = getattr(fn, "__self__", None)
     if isinstance(target, nn.Module):
         return Root(target, args, kwargs)
     caller = frame.f_back
