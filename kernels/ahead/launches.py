@@ -30,6 +30,7 @@ CALLS = (
     (Sizes(8192, weight=False), True),
     (Sizes(256), True),
     (Sizes(256), False),
+    (Sizes(256, outs=(14336, 14336)), True),
     (Sizes(64), True),
     (Sizes(64, outs=(14336, 14336)), False),
     (Sizes(32, rank=64), False),
