@@ -6,8 +6,8 @@ graph was compiled once (on, off, a mix of n), switching back and forth compiles
 
 from __future__ import annotations
 
-import math
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -151,7 +151,7 @@ def activate(model: nn.Module, adapter: str | Mapping[str, float]) -> None:
     if not binding.enabled:
         raise BindError("the adapters are off", remedy="leave `with peftfx.disabled(model)` first")
     weights = {adapter: 1.0} if isinstance(adapter, str) else dict(adapter)
-    if not weights or not all(math.isfinite(w) for w in weights.values()):
+    if not weights or not all(abs(w) <= sys.float_info.max for w in weights.values()):
         raise AdapterError(f"{weights} is no mix", remedy="give each adapter a finite weight")
     for name in weights:
         binding.adapter(name)

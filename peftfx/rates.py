@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -34,8 +34,8 @@ class Rates:
             if value is None:
                 continue
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            bound = 1.0 if key == "layer_decay" else math.inf
-            if not number or not 0 <= value <= bound or math.isinf(value):
+            bound = 1.0 if key == "layer_decay" else sys.float_info.max
+            if not number or not 0 <= value <= bound:
                 raise SpecError(
                     f"{key} is {value!r}",
                     remedy="give a number between 0 and 1"

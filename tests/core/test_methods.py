@@ -107,6 +107,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"method": "said", "dimension": 0}, "dimension is 0"),
     ({"method": "train", "l2_sp": -1.0}, "l2_sp is -1"),
     ({"method": "lora", "lr": -1.0}, "lr is -1"),
+    ({"method": "lora", "lr": 10**400}, "lr is 1000"),
+    ({"method": "lora", "alpha": 10**400}, "alpha is 1000"),
     ({"method": "lora", "layer_decay": 2}, "layer_decay is 2"),
     ({"method": "lora", "weight_decay": "x"}, "weight_decay is 'x'"),
 ]

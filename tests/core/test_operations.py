@@ -167,8 +167,9 @@ def test_names_and_states_that_are_refused() -> None:
         peftfx.remove(model, "default")
     with pytest.raises(AdapterError):
         peftfx.activate(model, "nobody")
-    with pytest.raises(AdapterError):
-        peftfx.activate(model, {})
+    for mix in ({}, {"default": float("nan")}, {"default": float("inf")}, {"default": 10**400}):
+        with pytest.raises(AdapterError, match="no mix"):
+            peftfx.activate(model, mix)
     peftfx.merge(model)
     with pytest.raises(MergeError):
         peftfx.activate(model, "default")

@@ -252,12 +252,8 @@ LARGE: dict[str, Callable[[], Callable[[Path], None]]] = {  # as large as may be
     "patterns": lambda: _config(rank_pattern=dict.fromkeys(_numbers(2_000), 4), r=2),
     "too many patterns": lambda: _config(rank_pattern=dict.fromkeys(_numbers(30_000), 4)),
     "modules to save": lambda: _config(modules_to_save=_numbers(2_000)),
-    "modules to save and to adapt": lambda: _config(
-        modules_to_save=_numbers(2_000), target_modules=".*"
-    ),
-    "lists of layers": lambda: _config(
-        layers_to_transform=[0], layers_pattern=[f"a{n}(b|c)*x" for n in _numbers(2_000)]
-    ),
+    "both": lambda: _config(modules_to_save=_numbers(2_000), target_modules=".*"),
+    "layer lists": lambda: _config(layers_to_transform=[0], layers_pattern=["a(b|c)*x"] * 2_000),
     "layers": lambda: _config(layers_to_transform=list(range(240_000)), layers_pattern="x"),
     "names": lambda: _rule(name=_numbers(100_000)),
     "globs": lambda: _rule(name=["*a" * 500 + str(i) for i in range(3_000)]),
