@@ -146,7 +146,9 @@ def _trace(node: fx.Node, form: Callable[..., Any], values: Sequence[Tensor]) ->
 
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None)
     with mode or contextlib.nullcontext():  # what a form makes itself is fake too
-        return make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*values).graph
+        # layers of one form share its fake values, and make_fx tells its inputs apart by identity
+        apart = [value.detach() for value in values]
+        return make_fx(on_tensors, decomposition_table=dynamo.decompositions())(*apart).graph
 
 
 def splice(graph: fx.Graph, node: fx.Node, form: fx.Graph, inductor: bool = False) -> None:

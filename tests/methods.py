@@ -100,7 +100,7 @@ ROWS: tuple[Row, ...] = (
                                  block_share=True),
         ("albert", "bert"), mixes=False),
     Row("hra", "hra", {"rank": 2}, lambda t: peft.HRAConfig(r=4, target_modules=t),
-        ("resnet", *LINEARS), mixes=False),
+        ("resnet", *LINEARS), start=1e-5, mixes=False),
     Row("hra orthogonal", "hra", {"rank": 3, "orthogonal": True},
         lambda t: peft.HRAConfig(r=3, target_modules=t, apply_GS=True), ("qwen3", "vit"),
         start=9.0, mixes=False),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
@@ -212,8 +212,16 @@ def test_without_a_compiler(plan: Any, spec: Any) -> None:
     check(plan, spec, None)
 
 
+# two sites on one x whose gradients come from ops of one form
+STACKED = {"rules": [
+    {"method": "lora", "name": ["*"], "rank": 1, "alpha": 0.5, "except": "dead"},
+    {"method": "bottleneck", "name": ["*"], "size": 5, "except": "dead"},
+]}  # fmt: skip
+
+
 @settings(max_examples=20)
 @given(layers, specs)
+@example([("branches", 0, 0)], STACKED)
 def test_a_few_compiled(plan: Any, spec: Any) -> None:
     torch._dynamo.reset()
     check(plan, spec, "aot_eager")
