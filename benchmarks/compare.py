@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -137,3 +138,17 @@ def peaks(runs: Mapping[str, Run]) -> dict[str, float]:
         torch.cuda.synchronize()
         found[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
     return found
+
+
+def peak_on_cpu(run: Run) -> int:
+    """The most bytes of a CPU's memory that *run* has allocated at once, beside what there was."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
+        run()
+    now = most = 0
+    recorded: Any = found.profiler
+    for event in recorded.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most

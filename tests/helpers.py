@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -52,17 +52,3 @@ class Seen(TorchDispatchMode):
             if isinstance(t, Tensor) and t.layout == torch.strided:
                 self.size = max(self.size, t.numel())
         return out
-
-
-def peak(run: Callable[[], object]) -> int:
-    """The most bytes of a CPU's memory that are allocated at once beside what there was."""
-    profile = torch.profiler.profile
-    with profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as found:
-        run()
-    now = most = 0
-    results: Any = found.profiler
-    for event in results.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.compare import peaks
+from benchmarks.compare import peak_on_cpu, peaks
 from benchmarks.registry import Measure, Row, Setting, short
 from benchmarks.verify import gate
 from peftfx.kernels.timing import Run
@@ -73,7 +73,7 @@ def _row(setting: Setting, name: str, m: int, k: int, v: int, dtype: torch.dtype
         name: functools.partial(_step, loss, x) for name, loss in losses.items()
     }
     values, spread = setting.measure(runs, capture=False)
-    memory = peaks(runs) if setting.gpu else {name: _peak(run) for name, run in runs.items()}
+    memory = peaks(runs) if setting.gpu else {n: peak_on_cpu(run) / 1e6 for n, run in runs.items()}
     flops, size = 4 * m * k * v, (2 * v * k + 3 * m * k) * dtype.itemsize
     case = f"{name}, {m} tokens, {short(dtype)}"
     return [Row(case, values, over="whole", errors=errors, spread=spread, megabytes=memory,
@@ -133,17 +133,3 @@ def _liger(x: Tensor, weight: Tensor, labels: Tensor) -> Any:
 
     loss = LigerFusedLinearCrossEntropyLoss()
     return lambda: loss(weight, x, labels)
-
-
-def _peak(run: Run) -> float:
-    """Megabytes that torch's allocator of the CPU holds at most, beside what there was."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as found:
-        run()
-    now = most = 0
-    recorded: Any = found.profiler
-    for event in recorded.kineto_results.events():
-        if event.name() == "[memory]":
-            now += event.nbytes()
-            most = max(most, now)
-    return most / 1e6

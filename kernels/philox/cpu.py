@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from peftfx.kernels.measured import cache_directory
-from peftfx.kernels.philox.op import keep_mask, library, offset
+from peftfx.kernels.philox.op import keep_mask, library, stream
 from peftfx.log import logger
 
 SOURCE = Path(__file__).with_name("philox.c")
@@ -70,7 +70,7 @@ def _keep_mask(like: Tensor, seed: Tensor, p: float, site: int) -> Tensor:
     if loop is None:
         return keep_mask(like, seed, p, site)
     keep = torch.empty(like.shape, dtype=torch.bool)
-    key = (int(seed) + offset(site)) & 0x7FFFFFFF
+    key = int(stream(seed, site))
     loop(keep.data_ptr(), keep.numel(), key, p, torch.get_num_threads())
     return keep
 

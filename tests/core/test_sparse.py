@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 import peftfx
-from tests.helpers import fill, peak
+from benchmarks.compare import peak_on_cpu as peak
+from tests.helpers import fill
 
 N, K, ROWS = 640, 500, 4
 WHOLE = N * K * 4  # bytes of the weight, and of a dense gradient of it
